@@ -6,15 +6,16 @@ with r the activation and W = diag(weights) over the outputs (ones when absent).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from solvers.activation import RELU, Activation
+from solvers.activation import IDENTITY, RELU, Activation
 
 CHUNK_ROWS = 4096  # temporaries of a pass over the data hold CHUNK_ROWS * n values
 
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 
 def sum_over_chunks(body: Callable[..., T], rows: tuple[Array | None, ...], chunk: int = CHUNK_ROWS) -> T:
-    """sum over chunks c of body(*rows[c]), so that temporaries never exceed `chunk` rows.
+    """Sum over chunks c of body(*rows[c]), so that temporaries never exceed `chunk` rows.
 
     `rows` share their first axis d (None entries are passed through). Whole chunks go through one `lax.scan`,
     the remainder through one more call of `body`, so no padding enters the sum.
@@ -76,7 +77,7 @@ def preactivation(
     bias: Float[Array, " n"],
     offset: Float[Array, "rows n"] | None,
 ) -> Float[Array, "rows n"]:
-    """z = x m' + bias + offset."""
+    """The response z = x m' + bias + offset."""
     z = x @ m.T + bias[None, :]
     return z if offset is None else z + offset
 
@@ -112,3 +113,84 @@ def relative_error(
 def loss(problem: LayerProblem, m: Float[Array, "n p"]) -> Float[Array, ""]:
     """L(m), the first line of this file."""
     return jnp.asarray(0.5, problem.x.dtype) * relative_error(problem, m)
+
+
+def descent_residual(
+    activation: Activation,
+    y: Float[Array, "rows n"],
+    z: Float[Array, "rows n"],
+    pull: bool | Bool[Array, ""] = True,
+) -> Float[Array, "rows n"]:
+    """T - z: minus the gradient of the loss (before dividing by its energy) with respect to the response z.
+
+    No activation: T = y. ReLU with y >= 0: T = z where z < 0 and y otherwise, so that 1/2 ||T - z'||^2 plus a constant
+    majorises the loss and touches it at z' = z. With `pull`, T = y also where y > 0 > z: there the loss is flat and the
+    bound does not touch, but outputs that should be active are drawn back. Any other activation: r'(z)(y - r(z)).
+    """
+    if activation == IDENTITY:
+        return y - z
+    if activation == RELU:
+        return jnp.where((z >= 0) | (pull & (y > 0)), y - z, 0)
+    response, pullback = jax.vjp(activation, z)
+    return pullback(y - response)[0]
+
+
+def surrogate_gradient(problem: LayerProblem, m: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    """The gradient at m of the loss's surrogate (with `pull`): -(T - z)' x / ||y||^2, outputs weighted."""
+
+    def body(x: Array, y: Array, offset: Array | None) -> Array:
+        z = preactivation(x, m, problem.bias, offset)
+        return descent_residual(problem.activation, y, z).T @ x
+
+    total = -sum_over_chunks(body, (problem.x, problem.y, problem.offset)) / target_energy(problem)
+    return total if problem.weights is None else total * problem.weights[:, None]
+
+
+def scale_features(problem: LayerProblem) -> tuple[LayerProblem, Float[Array, " p"]]:
+    """The problem in features of equal energy: x D^-1 and D's diagonal, D = diag(x'x)^(1/2) divided by its root mean
+    square (1 for features that are always zero). m solves the original problem where m D solves this one. Copies x.
+    """
+    energy = sum_over_chunks(lambda x: jnp.sum(x * x, axis=0), (problem.x,))
+    mean = jnp.mean(energy)
+    scale = jnp.where(energy > 0, jnp.sqrt(energy / jnp.where(mean > 0, mean, 1)), 1)
+    return replace(problem, x=problem.x / scale[None, :]), scale
+
+
+def is_concrete(value: object) -> bool:
+    """False for a value that is being traced by jit, vmap or grad, whose entries cannot be looked at."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _expected_shapes(problem: LayerProblem) -> dict[str, tuple[int, ...]]:
+    d, p = problem.x.shape
+    n = problem.bias.shape[0]
+    return {"x": (d, p), "y": (d, n), "bias": (n,), "response": (d, n), "offset": (d, n), "weights": (n,)}
+
+
+def validate(problem: LayerProblem) -> None:
+    """Checks a problem on the host, before any work: shapes and dtypes always, values where they are not traced.
+
+    Raises:
+        ValueError: an array has a wrong shape or dtype, is empty, holds NaN or Inf, or a weight is negative.
+    """
+    if problem.x.ndim != 2 or problem.bias.ndim != 1:
+        raise ValueError(
+            f"x has shape {problem.x.shape} and bias {problem.bias.shape}: pass im2col rows (d, p) and a bias (n,)"
+        )
+    for name, shape in _expected_shapes(problem).items():
+        array = getattr(problem, name)
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape} from x (d, p) and bias (n,)")
+        if 0 in shape:
+            raise ValueError(f"{name} is empty (shape {shape}): pass at least one row, one feature and one output")
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != problem.x.dtype:
+            raise ValueError(
+                f"{name} has dtype {array.dtype}: all arrays must have x's floating dtype {problem.x.dtype}"
+            )
+        # The sum of finite values can overflow but never hides a NaN or an Inf; look closer only if it is not finite.
+        if is_concrete(array) and not np.isfinite(jnp.sum(array)) and not np.all(np.isfinite(array)):
+            raise ValueError(f"{name} holds NaN or Inf: remove the offending rows or repair the network")
+    if problem.weights is not None and is_concrete(problem.weights) and np.min(problem.weights) < 0:
+        raise ValueError(f"weights has a negative entry ({np.min(problem.weights)}): pass weights >= 0")

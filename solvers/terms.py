@@ -57,6 +57,10 @@ class Term(Protocol):
         """The term as a dense matrix."""
         ...
 
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Term":
+        """The term whose matrix is diag(scale) times this one's."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -76,6 +80,10 @@ class Dense:
     def matrix(self, shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
         """The values themselves."""
         return self.values
+
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Dense":
+        """Scale the values."""
+        return Dense(self.values * scale[:, None])
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,10 @@ class Columns:
         out = np.zeros((shape.n, shape.p), np.float32)
         out[:, self.indices] = self.values
         return out
+
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Columns":
+        """Scale the values."""
+        return Columns(self.values * scale[:, None], self.indices)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,10 @@ class LowRank:
         out[:, self.indices] = self.full_u(shape.n) @ self.v
         return out
 
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "LowRank":
+        """Scale the rows of u; the result has no gauge, since its identity rows are scaled too."""
+        return LowRank(self.full_u(len(scale)) * scale[:, None], self.v, self.indices)
+
 
 @dataclass(frozen=True)
 class Spatial:
@@ -186,3 +202,11 @@ class Spatial:
         """The composed kernel as a matrix."""
         first = self.full_first(shape.window[1] * shape.c_in)
         return np.einsum("ois,sq->oiq", self.second, first).reshape(shape.n, shape.p)
+
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Spatial":
+        """Scale the second factor."""
+        return Spatial(self.first, self.second * scale[:, None, None], self.pivots)
+
+
+# The name of each kind of term in files.
+TERMS: dict[str, type] = {"dense": Dense, "columns": Columns, "low_rank": LowRank, "spatial": Spatial}

@@ -1,0 +1,108 @@
+"""The paper's form: support and rank from the penalised ADMM on the rows themselves, then the refit.
+
+With a budget, a warm-started path of decreasing penalties is solved and its first point that would cost more than the
+budget decides: columns are taken in the order of their norm there, and as much rank as that point has, cut to fit.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from solvers.activation import IDENTITY, RELU
+from solvers.admm import path, solve
+from solvers.admm_state import AdmmOptions, AdmmSolution, Status
+from solvers.forms import Candidate, Context, two_level_candidate
+from solvers.m_step import MajorizeMinimize
+from solvers.penalties import penalized_fractions
+from solvers.prox import COLUMNS, Grouping, channels
+from solvers.reconstruction import LayerProblem
+
+FRACTIONS = np.geomspace(0.6, 0.01, 12)  # of both maxima: from nothing kept to nearly everything
+
+
+def _grouping(context: Context) -> Grouping:
+    return COLUMNS if context.group == "column" else channels(context.shape.c_in)
+
+
+def _fewer_rows(problem: LayerProblem, p: int) -> LayerProblem:
+    """At most 8 rows per feature: the support settles on those, and a path takes hundreds of passes."""
+    d = problem.x.shape[0]
+    wanted = min(d, max(8 * p, 4096))
+    stride = d // wanted  # rows are sorted by image; a stride keeps all of them in
+    return jax.tree.map(lambda a: a[: stride * wanted : stride] if a.ndim == 2 else a, problem)
+
+
+def _solvable(problem: LayerProblem, options: AdmmOptions) -> LayerProblem:
+    """The problem, or its linear version where the M step cannot take the activation: only the support is used."""
+    linear = problem.activation not in (RELU, IDENTITY) and isinstance(options.m_step, MajorizeMinimize)
+    if not linear or problem.response is None:
+        return problem
+    return replace(problem, y=problem.response, activation=IDENTITY)
+
+
+def _cost(context: Context, kept: int, rank: int) -> float:
+    """Stored values of `kept` free columns and a rank-`rank` factor on the others, with their indices."""
+    n, p = context.shape.n, context.shape.p
+    u = n - rank if context.gauge else n
+    return n * kept + rank * (p - kept + u) + 2 * context.index_cost + rank * context.pivot_cost
+
+
+def _largest_fit(context: Context, order: np.ndarray, rank: int, members: int) -> tuple[int, int]:
+    """(kept groups, rank) within the budget: the rank lowered until at least as many columns as rank fit beside it."""
+    for r in range(rank, -1, -1):
+        room = context.budget - _cost(context, 0, r)
+        groups = int(min(room // ((context.shape.n - r) * members), len(order))) if context.shape.n > r else 0
+        if groups > 0 or (r == 0 and room >= 0):
+            return max(groups, 0), r
+    return 0, 0
+
+
+def _norms(solution: AdmmSolution, grouping: Grouping) -> np.ndarray:
+    """Group norms of a, and below them (for ties at zero) those of the whole split, to order what a dropped."""
+    inside, whole = grouping.norms(solution.sparse), grouping.norms(solution.split)
+    return np.asarray(jnp.where(inside > 0, inside + jnp.max(whole), whole))
+
+
+def admm_candidate(context: Context, options: AdmmOptions) -> Candidate | None:
+    """Support and rank of the paper's penalised problem for a budget; None if not one column fits."""
+    grouping = _grouping(context)
+    members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
+    problem = _fewer_rows(_solvable(context.problem, options), context.shape.p)
+    fractions = jnp.asarray(FRACTIONS, problem.x.dtype)
+    solutions = path(problem, penalized_fractions(problem, fractions, fractions, grouping), options=options)
+    kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members
+    ranks = np.asarray(solutions.rank)
+    fine = np.asarray(solutions.status) != Status.DIVERGED
+    over = [i for i in np.flatnonzero(fine) if _cost(context, kept[i], ranks[i]) > context.budget]
+    if not fine.any():
+        return None
+    point = over[0] if over else int(np.flatnonzero(fine)[-1])
+    solution = jax.tree.map(lambda leaf: leaf[point], solutions)
+    order = np.argsort(-_norms(solution, grouping), kind="stable")
+    rank = min(int(ranks[max(point - 1, 0)] if over else ranks[point]), context.shape.n - 1)
+    groups, rank = _largest_fit(context, order, rank, members)
+    if groups + rank == 0:
+        return None
+    return _candidate(context, grouping, order[:groups], rank, int(np.sum(solutions.num_steps[: point + 1])))
+
+
+def penalized_candidate(context: Context, fractions: tuple[float, float], options: AdmmOptions) -> Candidate:
+    """Support and rank of the paper's problem for given penalties, as fractions of their maxima."""
+    grouping = _grouping(context)
+    problem = _solvable(context.problem, options)
+    solution = solve(problem, penalized_fractions(problem, *fractions, grouping), options=options)
+    groups = np.flatnonzero(np.asarray(solution.kept))
+    return _candidate(context, grouping, groups, int(solution.rank), int(solution.num_steps))
+
+
+def _candidate(context: Context, grouping: Grouping, groups: np.ndarray, rank: int, num_steps: int) -> Candidate:
+    shape = (context.shape.n, context.shape.p)
+    chosen = np.zeros(grouping.count(shape), bool)
+    chosen[groups] = True
+    free = np.asarray(grouping.expand(jnp.asarray(chosen), shape))[0]
+    tail = ~free if rank else np.zeros_like(free)
+    # The rows are float32; the refit happens in the precision of the statistics.
+    with jax.enable_x64(context.stats.gram.dtype == np.float64):
+        return two_level_candidate(context, free, tail, rank, num_steps)

@@ -1,0 +1,336 @@
+"""The front door for one layer: one budget, the best form.
+
+Every form in `FORMS` proposes a structure that fits the budget; each is fitted in closed form, the promising ones are
+refined after the activation, and the one with the least error on held-out rows wins. The paper's penalised ADMM with
+refit always takes part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from solvers.admm_form import admm_candidate, penalized_candidate
+from solvers.admm_state import AdmmOptions
+from solvers.forms import FORMS, Candidate, Context
+from solvers.gram import GramStatistics, best_bias, gram_statistics, least_squares, linear_error, with_ridge
+from solvers.reconstruction import LayerProblem, relative_error
+from solvers.refine import RefineOptions, blend_for, refine
+from solvers.structure import fit
+from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term
+
+FORM_NAMES = (*FORMS, "admm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How a layer is solved.
+
+    Attributes:
+        form: "best", or one of `FORM_NAMES`; "admm" is the paper's penalised ADMM followed by the refit.
+        group: what the sparse part keeps or drops whole: "column" (as in the paper) or "channel".
+        gauge: store low-rank factors with an identity block, which saves r^2 values.
+        ridge: added to the Gram matrix, relative to its mean diagonal; 100 times as much when rows are fewer than
+            features.
+        refine: refinement after the activation, None to skip it.
+        refine_within: refine the forms whose error is within this factor of the best one.
+        admm: options of the ADMM.
+        float64_up_to: largest p for which selection runs in float64.
+    """
+
+    form: str = "best"
+    group: str = "column"
+    gauge: bool = True
+    ridge: float = 1e-6
+    refine: RefineOptions | None = RefineOptions()
+    refine_within: float = 1.25
+    admm: AdmmOptions = AdmmOptions(max_steps=60, check_every=5, rtol=2e-3)
+    float64_up_to: int = 1536
+
+    def __post_init__(self) -> None:
+        if self.form not in ("best", *FORM_NAMES):
+            raise ValueError(f"form: {self.form!r} is unknown; choose best or one of {', '.join(FORM_NAMES)}")
+        if self.group not in ("column", "channel"):
+            raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormResult:
+    """One form on one layer; errors are relative, squared, on held-out rows.
+
+    Attributes:
+        params: stored values.
+        index_bits: bits of the stored indices.
+        kept_columns: columns of the sparse part.
+        rank: rank of the low-rank part.
+        linear: error before the activation, as selected.
+        selected: error after the activation, as selected.
+        refined: the same after refinement, None if this form was not refined.
+    """
+
+    params: int
+    index_bits: int
+    kept_columns: int
+    rank: int
+    linear: float
+    selected: float
+    refined: float | None
+
+    @property
+    def error(self) -> float:
+        """The best figure after the activation."""
+        return self.selected if self.refined is None else self.refined
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFit:
+    """The compressed layer.
+
+    Attributes:
+        terms: what is stored; the layer's matrix is their sum.
+        bias: (n,).
+        form: the form that won; "dense" when nothing smaller was possible.
+        status: "ok", or "diverged" when no form gave a finite error (the terms are then empty).
+        forms: what each form reached.
+        linear_errors: relative squared error before the activation, (calibration, held out).
+        errors: the same after the activation.
+        num_steps: iterations of the winning form.
+        warnings: what the caller should know.
+    """
+
+    terms: tuple[Term, ...]
+    bias: Float32[np.ndarray, " n"]
+    form: str
+    status: str
+    forms: Mapping[str, FormResult] = field(default_factory=dict)
+    linear_errors: tuple[float, float] = (float("nan"), float("nan"))
+    errors: tuple[float, float] = (float("nan"), float("nan"))
+    num_steps: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def matrix(self, shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
+        """The sum of the terms."""
+        return np.sum([term.matrix(shape) for term in self.terms], axis=0, dtype=np.float32)
+
+
+def minimum_budget(shape: MatrixShape) -> float:
+    """The smallest budget, in stored values, under which a layer of this shape can be anything but zero.
+
+    The cheaper of one column and rank 1, with their indices.
+    """
+    return min(shape.n + 3 * shape.p / 32, shape.n + shape.p + 1)
+
+
+def _with_unit_weights(problem: LayerProblem, w: Array) -> Array:
+    return w if problem.weights is None else w / jnp.sqrt(problem.weights)[:, None]
+
+
+@dataclass
+class _Trial:
+    """One form on its way: structure, matrix, bias and what is known of its errors."""
+
+    candidate: Candidate
+    matrix: Array
+    bias: Array
+    linear: float
+    selected: float
+    refined: float | None = None
+    steps: int = 0
+
+    @property
+    def error(self) -> float:
+        return self.selected if self.refined is None else self.refined
+
+
+class _Solver:
+    """One layer's data, statistics and options, through the stages of the front door."""
+
+    def __init__(self, problem: LayerProblem, held_out: LayerProblem, shape: MatrixShape, options: LayerOptions):
+        self.problem, self.held_out, self.shape, self.options = problem, held_out, shape, options
+        self.warnings: list[str] = []
+        ridge = options.ridge
+        rows = problem.x.shape[0]
+        if rows < shape.p:
+            ridge *= 100
+            self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")
+        self.wide = shape.p <= options.float64_up_to
+        self.raw = gram_statistics(problem)
+        self.held_stats = gram_statistics(held_out)
+        with jax.enable_x64(self.wide):
+            self.stats = with_ridge(self._cast(self.raw), ridge)
+            self.w = least_squares(self.stats)
+
+    def _cast(self, stats: GramStatistics) -> GramStatistics:
+        dtype = jnp.float64 if self.wide else jnp.float32
+        return jax.tree.map(lambda a: jnp.asarray(a, dtype), stats)
+
+    def context(self, budget: float) -> Context:
+        return Context(
+            stats=self.stats,
+            w=self.w,
+            problem=self.problem,
+            shape=self.shape,
+            budget=budget,
+            group=self.options.group,
+            gauge=self.options.gauge,
+        )
+
+    def trial(self, candidate: Candidate) -> _Trial:
+        """Fit a candidate in closed form and measure it on held-out rows."""
+        with jax.enable_x64(self.wide):
+            m = _with_unit_weights(self.problem, fit(candidate.structure, self.stats.cross))
+            mean = replace(self.stats, target_mean=_unscaled_mean(self.problem, self.stats))
+            bias = best_bias(mean, m)
+            matrix, bias = jnp.asarray(m, jnp.float32), jnp.asarray(bias, jnp.float32)
+        linear = float(_held_linear(self.held_out, self.held_stats, matrix))
+        return _Trial(candidate, matrix, bias, linear, float(relative_error(self.held_out, matrix, bias)))
+
+    def refine(self, trial: _Trial) -> None:
+        """Refine after the activation in place; the start is kept if nothing is better."""
+        assert self.options.refine is not None
+        with jax.enable_x64(self.wide):
+            structure = trial.candidate.structure.astype(jnp.float32)
+            stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), self.stats)
+        active = float(jnp.mean(self.problem.y > 0))
+        kept = int(np.count_nonzero(np.any(np.asarray(trial.matrix) != 0, axis=0)))
+        blend = blend_for(self.problem.x.shape[0], active, kept)
+        done = refine(
+            self.problem, self.held_out, stats, structure, trial.matrix, trial.bias, blend, self.options.refine
+        )
+        trial.refined = float(jnp.min(done.held_out_errors))
+        trial.matrix, trial.bias, trial.steps = done.matrix, done.bias, int(done.best_step)
+
+
+def _unscaled_mean(problem: LayerProblem, stats: GramStatistics) -> Array:
+    return stats.target_mean if problem.weights is None else stats.target_mean / jnp.sqrt(problem.weights)
+
+
+def _held_linear(problem: LayerProblem, stats: GramStatistics, matrix: Array) -> Float[Array, ""]:
+    scaled = matrix if problem.weights is None else matrix * jnp.sqrt(problem.weights)[:, None]
+    return linear_error(stats, scaled)
+
+
+def _propose(solver: _Solver, budget: float) -> dict[str, Candidate]:
+    """Every wanted form's candidate; forms that cannot fit the budget or the kernel are absent."""
+    wanted = FORM_NAMES if solver.options.form == "best" else (solver.options.form,)
+    context = solver.context(budget)
+    found: dict[str, Candidate | None] = {}
+    with jax.enable_x64(solver.wide):
+        for name in wanted:
+            if name in FORMS:
+                found[name] = FORMS[name](context)
+    if "admm" in wanted:
+        found["admm"] = admm_candidate(context, solver.options.admm)
+    return {name: candidate for name, candidate in found.items() if candidate is not None}
+
+
+def _measure(trials: dict[str, _Trial], solver: _Solver) -> str | None:
+    """Refine the promising trials; the name of the winner, None if none is finite."""
+    finite = {name: t for name, t in trials.items() if np.isfinite(t.selected)}
+    if not finite:
+        return None
+    best = min(t.selected for t in finite.values())
+    if solver.options.refine is not None and solver.options.refine.steps > 0:
+        for trial in finite.values():
+            if trial.selected <= best * solver.options.refine_within:
+                solver.refine(trial)
+    return min(finite, key=lambda name: finite[name].error)
+
+
+def _form_result(trial: _Trial, terms: tuple[Term, ...], shape: MatrixShape) -> FormResult:
+    return FormResult(
+        params=sum(t.num_params for t in terms),
+        index_bits=sum(t.index_bits(shape) for t in terms),
+        kept_columns=sum(len(t.indices) for t in terms if isinstance(t, Columns)),
+        rank=sum(t.rank for t in terms if isinstance(t, LowRank | Spatial)),
+        linear=trial.linear,
+        selected=trial.selected,
+        refined=trial.refined,
+    )
+
+
+def _errors(solver: _Solver, matrix: Array, bias: Array) -> dict[str, Any]:
+    after = [float(relative_error(p, matrix, bias)) for p in (solver.problem, solver.held_out)]
+    pairs = ((solver.problem, solver.raw), (solver.held_out, solver.held_stats))
+    before = [float(_held_linear(p, s, matrix)) for p, s in pairs]
+    return {"linear_errors": tuple(before), "errors": tuple(after)}
+
+
+def solve(
+    problem: LayerProblem,
+    held_out: LayerProblem,
+    shape: MatrixShape,
+    *,
+    budget: float | None = None,
+    penalties: tuple[float, float] | None = None,
+    options: LayerOptions = LayerOptions(),
+) -> LayerFit:
+    """The best compressed form of one layer.
+
+    Minimises ||W^(1/2) (y - r(x m' + bias + offset))||^2 over matrices m that cost at most `budget`, by the forms of
+    `FORMS`, and keeps the form with the least error on `held_out`.
+
+    Args:
+        problem: calibration rows.
+        held_out: rows of other images, of the same layer.
+        shape: the layer as a matrix.
+        budget: stored values, indices counted as bits / 32.
+        penalties: instead of a budget, (lambda_sparse, lambda_rank) as fractions of their maxima: the paper's
+            penalised ADMM, refitted.
+        options: static choices.
+
+    Raises:
+        ValueError: neither or both of budget and penalties, a budget below `minimum_budget`, or negative penalties.
+    """
+    _validate(problem, shape, budget, penalties)
+    solver = _Solver(problem, held_out, shape, options)
+    if penalties is not None:
+        proposals = {"admm": penalized_candidate(solver.context(0.0), penalties, options.admm)}
+    else:
+        assert budget is not None
+        proposals = _propose(solver, budget)
+    trials = {name: solver.trial(candidate) for name, candidate in proposals.items()}
+    winner = _measure(trials, solver)
+    bias = np.asarray(problem.bias, np.float32)
+    if winner is None:
+        return LayerFit(terms=(), bias=bias, form="dense", status="diverged", warnings=tuple(solver.warnings))
+    terms = {name: t.candidate.extract(np.asarray(t.matrix)) for name, t in trials.items()}
+    forms = {name: _form_result(t, terms[name], shape) for name, t in trials.items()}
+    chosen = trials[winner]
+    kept = terms[winner] or (Columns(np.zeros((shape.n, 0), np.float32), np.zeros(0, np.int32)),)
+    return LayerFit(
+        terms=kept,
+        bias=np.asarray(chosen.bias),
+        form=winner,
+        status="ok",
+        forms=forms,
+        num_steps=chosen.candidate.num_steps + chosen.steps,
+        warnings=tuple(solver.warnings),
+        **_errors(solver, chosen.matrix, chosen.bias),
+    )
+
+
+def dense(problem: LayerProblem, w: Float[Array, "n p"], bias: Float[Array, " n"]) -> LayerFit:
+    """The layer as it is, in the same result type."""
+    terms = (Dense(np.asarray(w, np.float32)),)
+    return LayerFit(terms=terms, bias=np.asarray(bias, np.float32), form="dense", status="ok")
+
+
+def _validate(
+    problem: LayerProblem, shape: MatrixShape, budget: float | None, penalties: tuple[float, float] | None
+) -> None:
+    if (budget is None) == (penalties is None):
+        raise ValueError("budget, penalties: give exactly one of them")
+    if problem.x.shape[1] != shape.p or problem.y.shape[1] != shape.n:
+        raise ValueError(
+            f"shape: the rows have {problem.x.shape[1]} features and {problem.y.shape[1]} outputs, "
+            f"the layer {shape.p} and {shape.n}"
+        )
+    if budget is not None and budget < minimum_budget(shape):
+        raise ValueError(f"budget: {budget:g} values is below the smallest reachable, {minimum_budget(shape):g}")
+    if penalties is not None and not all(0 <= x <= 1 for x in penalties):
+        raise ValueError(f"penalties: {penalties} must be fractions of the maxima, in [0, 1]")

@@ -1,0 +1,36 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _from_environment(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value and Path(value).is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cifar10.npz and mnist.npz."""
+    folder = _from_environment("UNIFIED_APPROX_DATA")
+    if folder is not None:
+        return folder
+    script = SHARED / "data" / "make_npz.py"
+    if not script.is_file():
+        pytest.skip("needs CIFAR-10 and MNIST: set UNIFIED_APPROX_DATA to a folder with cifar10.npz and mnist.npz")
+    folder = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """A folder with the published networks' weights."""
+    folder = _from_environment("UNIFIED_APPROX_MODELS") or SHARED / "models"
+    if not folder.is_dir():
+        pytest.skip("needs the published weights: set UNIFIED_APPROX_MODELS to the folder with the safetensors files")
+    return folder

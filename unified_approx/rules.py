@@ -1,0 +1,63 @@
+"""Which layers are compressed, and how: the first rule whose pattern matches a layer's name wins."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unified_approx.budget import Budget
+from unified_approx.capture import LayerSite, Skipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What to do with the layers that a pattern names.
+
+    Attributes:
+        path: regular expression for the whole layer name, for example `blocks/.*` or `fc`.
+        keep: leave these layers as they are.
+        budget: in place of the run's budget.
+        lambda_sparse: in place of the run's penalty weight, a fraction of its maximum.
+        lambda_rank: in place of the run's penalty weight, a fraction of its maximum.
+        form: in place of the run's form, for example "two_level".
+        group: "column" or "channel", in place of the run's.
+    """
+
+    path: str
+    keep: bool = False
+    budget: Budget | None = None
+    lambda_sparse: float | None = None
+    lambda_rank: float | None = None
+    form: str | None = None
+    group: str | None = None
+
+    def matches(self, name: str) -> bool:
+        """Whether the pattern covers the whole name."""
+        return re.fullmatch(self.path, name) is not None
+
+
+def assign(
+    rules: Sequence[Rule], sites: Sequence[LayerSite], skipped: Sequence[Skipped]
+) -> dict[tuple[str | int, ...], Rule | None]:
+    """The first matching rule of each site, None where no rule speaks.
+
+    Raises:
+        ValueError: a pattern is no regular expression, a rule matches nothing, or it asks to compress a layer
+            that cannot be compressed.
+    """
+    names = [site.name for site in sites]
+    for rule in rules:
+        try:
+            re.compile(rule.path)
+        except re.error as error:
+            raise ValueError(f"rules: {rule.path!r} is not a regular expression: {error}") from error
+        if any(rule.matches(name) for name in names):
+            continue
+        refused = [s for s in skipped if rule.matches(s.name)]
+        if refused and not rule.keep:
+            raise ValueError(
+                f"rules: {rule.path!r} names {refused[0].name!r}, which cannot be compressed: {refused[0].reason}; "
+                "drop the rule or give it keep=True"
+            )
+        if not refused:
+            raise ValueError(f"rules: {rule.path!r} matches no layer; layers are: {', '.join(names) or 'none'}")
+    return {site.path: next((r for r in rules if r.matches(site.name)), None) for site in sites}

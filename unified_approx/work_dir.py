@@ -1,0 +1,93 @@
+"""Solved layers on disk, one file each, so that a killed run resumes at the next layer."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from solvers.terms import TERMS, Term
+
+_MANIFEST = "run.json"
+
+
+def fingerprint(settings: dict[str, Any], *trees: PyTree) -> str:
+    """SHA-256 of the settings and of every array: two runs agree on it only if they would do the same."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
+    for leaf in jax.tree.leaves(trees):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class WorkDir:
+    """A folder of solved layers that belongs to one run."""
+
+    def __init__(self, path: str | os.PathLike[str], run: str) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        manifest = self.path / _MANIFEST
+        if manifest.exists():
+            self._check(manifest, run)
+            return
+        if any(self.path.iterdir()):
+            raise ValueError(f"work_dir: {self.path} is not empty and holds no {_MANIFEST}; give a new folder")
+        self._write(manifest, json.dumps({"run": run}))
+
+    def _check(self, manifest: Path, run: str) -> None:
+        try:
+            found = json.loads(manifest.read_text()).get("run")
+        except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"work_dir: {manifest} cannot be read ({error}); delete the folder") from error
+        if found != run:
+            raise ValueError(
+                f"work_dir: {self.path} belongs to another run (other weights, data or settings); "
+                "give a new folder, or repeat that run's arguments"
+            )
+
+    @staticmethod
+    def _write(target: Path, text: str) -> None:
+        partial = target.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(target)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"layer-{index:04d}.safetensors"
+
+    def store(self, index: int, terms: tuple[Term, ...], bias: np.ndarray, row: dict[str, Any]) -> None:
+        """Write one solved layer; it is there whole or not at all."""
+        kinds = {cls: kind for kind, cls in TERMS.items()}
+        tensors = {"bias": np.ascontiguousarray(bias)}
+        for i, term in enumerate(terms):
+            tensors |= {f"{i}.{name}": np.ascontiguousarray(value) for name, value in vars(term).items()}
+        header = {"kinds": [kinds[type(term)] for term in terms], "row": row}
+        partial = self._file(index).with_suffix(".partial")
+        save_file(tensors, partial, metadata={"layer": json.dumps(header)})
+        partial.replace(self._file(index))
+
+    def fetch(self, index: int) -> tuple[tuple[Term, ...], np.ndarray, dict[str, Any]] | None:
+        """A stored layer (terms, bias, report row), or None if it has not been solved yet."""
+        path = self._file(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = json.loads(file.metadata()["layer"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"work_dir: {path} is damaged ({error}); delete that file to solve the layer anew"
+            ) from error
+        terms = []
+        for i, kind in enumerate(header["kinds"]):
+            prefix = f"{i}."
+            fields = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            terms.append(TERMS[kind](**fields))
+        return tuple(terms), tensors["bias"], header["row"]
