@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from unified_approx import datasets, evaluate, zoo
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     about |= {"seed": args.seed, "epochs": args.epochs, "test_accuracy": round(accuracy, 2)}
     tensors = zoo.torch_tensors(model, entry.torch_names, entry.flatten)
     # One entry: safetensors writes several in random order, and then equal weights would not be equal files.
-    save_file(tensors, args.out, {"about": json.dumps(about)})
+    args.out.write_bytes(save(tensors, {"about": json.dumps(about)}))
     print(f"test accuracy {accuracy:.2f} % after {seconds:.0f} s; {args.out.stat().st_size} bytes in {args.out}")
     if args.json:
         check = {"value": accuracy, "relation": ">=", "target": TARGET, "holds": accuracy >= TARGET}

@@ -8,24 +8,26 @@ which depends on `gram` (p, p) and the start matrix w (n, p) only. Group OBS rem
 matrix, forward selection adds them one by one to the empty one, swaps repair what either got wrong. Column scales do
 not matter: everything works on unit diagonals, with a ridge of p times the rounding unit.
 
-References: Hassibi & Stork, Optimal Brain Surgeon (1993), with a column as the unit that goes; Goodnight, A Tutorial on
-the SWEEP Operator (1979); Lucas, LAPACK working note 161 (2004) for the delayed updates.
+Reference: Hassibi & Stork, Optimal Brain Surgeon (1993), here with a column as the unit that goes.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+
+from solvers.pivots import masked_inverse, no_pivots, pivot, swept
 
 MAX_SWAPS = 200
 PANEL = 32  # eliminations gathered into one matrix product: speed only
 
 
-def unit_diagonal(
-    gram: Float[Array, "p p"], w: Float[Array, "n p"]
-) -> tuple[Float[Array, "p p"], Float[Array, "n p"]]:
+def unit_diagonal(gram: Float[Array, "p p"], w: Float[Array, "n p"]) -> tuple[Float[Array, "p p"], Float[Array, "n p"]]:
     """The same problem with columns scaled to gram_jj = 1, plus a ridge of p eps that keeps factorisations finite."""
     p = gram.shape[0]
     diagonal = jnp.diagonal(gram)
@@ -39,96 +41,58 @@ def kept_first(mask: Bool[Array, " p"]) -> Int[Array, " p"]:
     return jnp.argsort(jnp.logical_not(mask), stable=True)
 
 
-def first_of(order: Int[Array, " p"], k: Int[Array, ""] | int) -> Bool[Array, " p"]:
+def first_of(order: Int[Array, " p"], k: Int[ArrayLike, ""]) -> Bool[Array, " p"]:
     """Mask of the first k columns of an order."""
     return jnp.argsort(order) < k
-
-
-def _score(energy: Array, variance: Array) -> Array:
-    """energy / variance; zero where elimination has left nothing but rounding."""
-    safe = variance > jnp.finfo(variance.dtype).tiny
-    return jnp.where(safe, energy / jnp.where(safe, variance, jnp.ones_like(variance)), jnp.zeros_like(energy))
-
-
-def _masked_inverse(gram: Array, mask: Array) -> Array:
-    """Inverse of gram restricted to the flagged columns, zero elsewhere."""
-    both = mask[:, None] & mask[None, :]
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    factor = jax.scipy.linalg.cho_factor(jnp.where(both, gram, eye), lower=True)
-    return jnp.where(both, jax.scipy.linalg.cho_solve(factor, eye), jnp.zeros_like(eye))
 
 
 def _eliminate(
     matrix: Float[Array, "p p"],
     rows: Float[Array, "n p"],
     count: Int[Array, ""],
-    sign: float,
+    direction: float,
     block: int,
-    locked: Bool[Array, " p"] | None = None,
+    locked: Bool[Array, " p"],
 ) -> Int[Array, " p"]:
-    """Greedy symmetric elimination; returns the step at which each column went, p for those that stayed.
+    """Greedy elimination of `count` unlocked columns; the step at which each went, p for those that stayed.
 
-    Each step takes the j with the least sign * ||rows_j||^2 / matrix_jj and projects it out,
-    rows <- rows - rows_j matrix_j / matrix_jj, matrix <- matrix - matrix_j' matrix_j / matrix_jj. With
-    matrix = gram^-1, rows = w, sign = 1 that is OBS; with matrix = gram, rows = w gram, sign = -1 forward selection.
-    Updates are delayed: inside a block only the pivot's row, the diagonal and the energies are brought up to date.
+    Each step takes the j with the least direction * ||rows_j||^2 / matrix_jj and projects it out. With
+    matrix = gram^-1, rows = w, direction = 1 that is OBS; with matrix = gram, rows = w gram, direction = -1 it is
+    forward selection. Pivots are multiplied out block by block.
     """
-    n, p = rows.shape
-    zero = jnp.zeros((), matrix.dtype)
-    first = jnp.full(p, p) if locked is None else jnp.where(locked, p + 1, p)
+    p = matrix.shape[0]
 
-    def pick(i: Array, inner: tuple, matrix: Array, rows: Array, start: Array) -> tuple:
-        v, e, diagonal, energy, when = inner
-        score = jnp.where(when == p, sign * _score(energy, diagonal), jnp.inf)
+    def pick(_: Array, s: tuple, matrix: Array, rows: Array) -> tuple:
+        done, when, num = s
+        score = jnp.where((when == p) & ~locked, direction * done.scores, jnp.inf)
         j = jnp.argmin(score)
-        on = (start + i < count) & jnp.isfinite(score[j])
-        pivot = jnp.where(on, matrix[j] - v[:, j] @ v, zero)
-        root = jnp.sqrt(jnp.maximum(pivot[j], jnp.finfo(pivot.dtype).tiny))
-        pivot, column = pivot / root, jnp.where(on, rows[:, j] - e @ v[:, j], zero) / root
-        inner_product = column @ rows - (column @ e) @ v
-        energy = energy - 2 * pivot * inner_product + jnp.sum(column * column) * pivot * pivot
-        when = when.at[j].set(jnp.where(on, start + i, when[j]))
-        return v.at[i].set(pivot), e.at[:, i].set(column), diagonal - pivot * pivot, energy, when
+        on = (num < count) & jnp.isfinite(score[j])
+        when = when.at[j].set(jnp.where(on, num, when[j]))
+        return pivot(matrix, rows, done, j, on, sweeps=False), when, num + 1
 
-    def panel(state: tuple) -> tuple:
-        matrix, rows, when, start = state
-        inner = (
-            jnp.zeros((block, p), matrix.dtype),
-            jnp.zeros((n, block), matrix.dtype),
-            jnp.diagonal(matrix),
-            jnp.sum(rows * rows, axis=0),
-            when,
-        )
-        v, e, _, _, when = lax.fori_loop(0, block, partial(pick, matrix=matrix, rows=rows, start=start), inner)
-        return matrix - v.T @ v, rows - e @ v, when, start + block
+    def panel(s: tuple) -> tuple:
+        matrix, rows, when, num = s
+        inner = (no_pivots(matrix, rows, block), when, num)
+        done, when, num = lax.fori_loop(0, block, partial(pick, matrix=matrix, rows=rows), inner)
+        return matrix - done.v.T @ done.v, rows - done.e @ done.v, when, num
 
-    start = (matrix, rows, first, jnp.zeros((), count.dtype))
-    return jnp.minimum(lax.while_loop(lambda s: s[3] < count, panel, start)[2], p)
+    start = (matrix, rows, jnp.full(p, p, count.dtype), jnp.zeros((), count.dtype))
+    return lax.while_loop(lambda s: s[3] < count, panel, start)[2]
 
 
-def _obs_steps(
-    gram: Array, w: Array, remove: Array, block: int, locked: Array | None = None, refresh: bool = True
-) -> Array:
-    """Step at which OBS removes each column, p for those that stay; `gram` has a unit diagonal.
+def obs_steps(
+    gram: Float[Array, "p p"],
+    w: Float[Array, "n p"],
+    remove: Int[Array, ""],
+    locked: Bool[Array, " p"],
+    block: int = PANEL,
+) -> Int[Array, " p"]:
+    """Step at which group OBS removes each column when it removes `remove` of those not `locked`; p for what stays.
 
-    The first half of the columns goes with one inverse, the rest with a fresh one for each further halving: rounding
-    that the small eigenvalues of gram bring into the inverse goes with the columns that caused it.
+    `gram` is that of `unit_diagonal`, whose ridge bounds the rounding in the inverse.
     """
-    p = gram.shape[0]
-    cross = w @ gram
-    stages = 4 if refresh and p > 4 * block else 1
-    bounds = jnp.asarray([p - (p >> s) for s in range(1, stages)] + [p])
-
-    def stage(when: Array, bound: Array) -> tuple[Array, None]:
-        done = jnp.sum(when < p)
-        inverse = _masked_inverse(gram, when == p)
-        gone = when < p
-        fixed = gone if locked is None else gone | locked
-        count = jnp.maximum(jnp.minimum(bound, remove) - done, 0)
-        more = _eliminate(inverse, jnp.where(gone[None, :], 0.0, cross) @ inverse, count, 1.0, block, fixed)
-        return jnp.where(more < p, more + done, when), None
-
-    return lax.scan(stage, jnp.full(p, p), bounds)[0]
+    inverse = masked_inverse(gram, jnp.ones(w.shape[1], bool))
+    return _eliminate(inverse, w, remove, 1.0, block, locked)
 
 
 @partial(jax.jit, static_argnames="block")
@@ -147,7 +111,7 @@ def obs_order(gram: Float[Array, "p p"], w: Float[Array, "n p"], *, block: int =
         A permutation of the columns, (p,).
     """
     gram, w = unit_diagonal(gram, w)
-    steps = _obs_steps(gram, w, jnp.asarray(gram.shape[0]), block)
+    steps = obs_steps(gram, w, jnp.asarray(w.shape[1]), jnp.zeros(w.shape[1], bool), block)
     return jnp.argsort(-steps, stable=True)
 
 
@@ -158,13 +122,12 @@ def forward_order(gram: Float[Array, "p p"], w: Float[Array, "n p"], *, block: i
     Arguments and result as in `obs_order`.
     """
     gram, w = unit_diagonal(gram, w)
-    return jnp.argsort(_eliminate(gram, w @ gram, jnp.asarray(gram.shape[0]), -1.0, block), stable=True)
+    count, locked = jnp.asarray(w.shape[1]), jnp.zeros(w.shape[1], bool)
+    return jnp.argsort(_eliminate(gram, w @ gram, count, -1.0, block, locked), stable=True)
 
 
 @jax.jit
-def error_curve(
-    gram: Float[Array, "p p"], w: Float[Array, "n p"], order: Int[Array, " p"]
-) -> Float[Array, " p+1"]:
+def error_curve(gram: Float[Array, "p p"], w: Float[Array, "n p"], order: Int[Array, " p"]) -> Float[Array, " p+1"]:
     """F of the first k columns of an order for every k = 0..p, from one Cholesky factor of gram.
 
     With gram = l l' in that order and z = w l, F(k) is the energy of the columns of z from k on.
@@ -175,67 +138,36 @@ def error_curve(
     return jnp.concatenate([tails, jnp.zeros(1, gram.dtype)])
 
 
-def column_error(
-    gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[Array, " p"]
-) -> Float[Array, ""]:
+def column_error(gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[Array, " p"]) -> Float[Array, ""]:
     """F of the flagged columns."""
     return error_curve(gram, w, kept_first(mask))[jnp.sum(mask)]
 
 
-def swept(
-    gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[Array, " p"]
-) -> tuple[Float[Array, "p p"], Float[Array, "n p"]]:
-    """gram and w gram swept on the flagged columns S (Goodnight 1979).
-
-    Returns:
-        (q, c): on S, q = -gram_SS^-1 and c the refitted coefficients; outside, q and c are what remains of gram and
-        w gram with S projected out. ||c_j||^2 / |q_jj| is what F loses by adding j, or gains by removing it.
-    """
-    cross = w @ gram
-    inverse = _masked_inverse(gram, mask)
-    half = inverse @ gram
-    rest = gram - gram @ half
-    q = jnp.where(mask[:, None], jnp.where(mask[None, :], -inverse, half), jnp.where(mask[None, :], half.T, rest))
-    return q, jnp.where(mask[None, :], cross @ inverse, cross - cross @ half)
-
-
-def sweep(
-    q: Float[Array, "p p"], c: Float[Array, "n p"], j: Int[Array, ""]
-) -> tuple[Float[Array, "p p"], Float[Array, "n p"]]:
-    """`swept` after column j goes in if it was out, out if it was in."""
-    pivot = q[j, j]
-    row, column = q[j], c[:, j]
-    here = jnp.arange(q.shape[0]) == j
-    edge = jnp.where(here, -1 / pivot, row / jnp.abs(pivot))
-    inner = q - row[:, None] * (row / pivot)[None, :]
-    q = jnp.where(here[:, None], edge[None, :], jnp.where(here[None, :], edge[:, None], inner))
-    rest = c - column[:, None] * (row / pivot)[None, :]
-    return q, jnp.where(here[None, :], (column / jnp.abs(pivot))[:, None], rest)
-
-
-def sweep_scores(q: Float[Array, "p p"], c: Float[Array, "n p"]) -> Float[Array, " p"]:
-    """By how much F changes when a column changes sides, (p,)."""
-    return _score(jnp.sum(c * c, axis=0), jnp.abs(jnp.diagonal(q)))
-
-
-def _swap(gram: Array, w: Array, mask: Array, max_swaps: Array | int) -> Array:
+def _swap(gram: Array, w: Array, mask: Array, max_swaps: Array, block: int) -> Array:
     slack = 1 + 100 * float(jnp.finfo(gram.dtype).eps)
 
-    def body(state: tuple) -> tuple:
-        q, c, mask, num, _ = state
-        gain = jnp.where(mask, -1.0, sweep_scores(q, c))
+    def once(s: tuple, q: Array, c: Array) -> tuple:
+        done, mask, num, _ = s
+        gain = jnp.where(mask, -1, done.scores)
         new = jnp.argmax(gain)
-        q, c = sweep(q, c, new)
+        done = pivot(q, c, done, new, jnp.asarray(True), sweeps=True)
         grown = mask.at[new].set(True)
-        loss = jnp.where(grown, sweep_scores(q, c), jnp.inf)
+        loss = jnp.where(grown, done.scores, jnp.inf)
         old = jnp.argmin(loss)
         better = loss[old] * slack < gain[new]
-        q, c = lax.cond(better, sweep, lambda q, c, j: (q, c), q, c, old)
-        return q, c, jnp.where(better, grown.at[old].set(False), mask), num + 1, better
+        done = pivot(q, c, done, old, better, sweeps=True)
+        return done, jnp.where(better, grown.at[old].set(False), mask), num + 1, better
 
-    going = (max_swaps > 0) & jnp.any(mask) & jnp.logical_not(jnp.all(mask))
-    start = (*swept(gram, w, mask), mask, jnp.zeros((), jnp.int32), going)
-    return lax.while_loop(lambda s: s[4] & (s[3] < max_swaps), body, start)[2]
+    def panel(s: tuple) -> tuple:
+        mask, num, going = s
+        q, c = swept(gram, w, mask)
+        more = lambda s: s[3] & (s[2] < max_swaps) & (s[0].num < 2 * block)  # noqa: E731
+        start = (no_pivots(q, c, 2 * block), mask, num, going)
+        return lax.while_loop(more, partial(once, q=q, c=c), start)[1:]
+
+    going = jnp.any(mask) & ~jnp.all(mask)
+    start = (mask, jnp.zeros((), int), going)
+    return lax.while_loop(lambda s: s[2] & (s[1] < max_swaps), panel, start)[0]
 
 
 @jax.jit
@@ -243,7 +175,7 @@ def swap(
     gram: Float[Array, "p p"],
     w: Float[Array, "n p"],
     mask: Bool[Array, " p"],
-    max_swaps: Int[Array, ""] | int = MAX_SWAPS,
+    max_swaps: Int[ArrayLike, ""] = MAX_SWAPS,
 ) -> Bool[Array, " p"]:
     """Add the best column, remove the worst, while F falls; the number of kept columns stays.
 
@@ -256,16 +188,16 @@ def swap(
     Returns:
         The mask with at most `max_swaps` columns exchanged; F is never above that of `mask`.
     """
-    return _swap(*unit_diagonal(gram, w), mask, max_swaps)
+    return _swap(*unit_diagonal(gram, w), mask, jnp.asarray(max_swaps).astype(int), PANEL)
 
 
 @partial(jax.jit, static_argnames="block")
 def select(
     gram: Float[Array, "p p"],
     w: Float[Array, "n p"],
-    k: Int[Array, ""] | int,
+    k: Int[ArrayLike, ""],
     *,
-    max_swaps: Int[Array, ""] | int = MAX_SWAPS,
+    max_swaps: Int[ArrayLike, ""] = MAX_SWAPS,
     block: int = PANEL,
 ) -> Bool[Array, " p"]:
     """k columns with a low F: the better of OBS + swaps and forward selection + swaps.
@@ -284,10 +216,81 @@ def select(
     """
     p = gram.shape[0]
     scaled, wide = unit_diagonal(gram, w)
-    k = jnp.clip(jnp.asarray(k), 0, p)
-    obs = _obs_steps(scaled, wide, p - k, block) == p
-    forward = _eliminate(scaled, wide @ scaled, k, -1.0, block) < p
-    starts = jnp.stack([obs, forward])
-    masks = lax.map(lambda mask: _swap(scaled, wide, mask, max_swaps), starts)
-    errors = lax.map(lambda mask: column_error(gram, w, mask), masks)
+    k = jnp.clip(jnp.asarray(k).astype(int), 0, p)
+    nothing = jnp.zeros(p, bool)
+    obs = obs_steps(scaled, wide, p - k, nothing, block) == p
+    forward = _eliminate(scaled, wide @ scaled, k, -1.0, block, nothing) < p
+
+    def finish(mask: Array) -> tuple[Array, Array]:
+        mask = _swap(scaled, wide, mask, jnp.asarray(max_swaps).astype(int), block)
+        return mask, column_error(gram, w, mask)
+
+    masks, errors = lax.map(finish, jnp.stack([obs, forward]))
     return masks[jnp.argmin(errors)]
+
+
+def _members(group: np.ndarray, p: int) -> np.ndarray:
+    """Columns of each group, (groups, size)."""
+    group = np.asarray(group)
+    sizes = np.unique(group, return_counts=True)[1]
+    if group.shape != (p,) or len(np.unique(sizes)) != 1:
+        raise ValueError(
+            f"group must name the group of each of the {p} columns, all groups of one size; it has the shape "
+            f"{group.shape} and sizes {sorted(set(sizes.tolist()))}. Channels of a kernel: arange(p) % c_in."
+        )
+    return np.argsort(group, kind="stable").reshape(len(sizes), sizes[0])
+
+
+@jax.jit
+def _group_steps(gram: Array, w: Array, members: Array, remove: Array) -> Array:
+    """Step at which each group goes by group OBS on whole groups; the number of groups for those that stay."""
+    groups, size = members.shape
+    gram, w = unit_diagonal(gram, w)
+    eye = jnp.eye(size, dtype=gram.dtype)
+
+    def body(s: tuple) -> tuple:
+        inverse, rows, when, num = s
+        here = when == groups
+        blocks = jnp.where(here[:, None, None], inverse[members[:, :, None], members[:, None, :]], eye[None])
+        half = solve_triangular(jnp.linalg.cholesky(blocks), rows.T[members], lower=True)
+        gone = jnp.argmin(jnp.where(here, jnp.sum(half * half, axis=(1, 2)), jnp.inf))
+        columns = members[gone]
+        strip = cho_solve((jnp.linalg.cholesky(blocks[gone]), True), inverse[columns])
+        rows, inverse = rows - rows[:, columns] @ strip, inverse - inverse[:, columns] @ strip
+        return inverse, rows, when.at[gone].set(num), num + 1
+
+    inverse = masked_inverse(gram, jnp.ones(w.shape[1], bool))
+    start = (inverse, w, jnp.full(groups, groups, remove.dtype), jnp.zeros((), remove.dtype))
+    return lax.while_loop(lambda s: s[3] < remove, body, start)[2]
+
+
+def group_order(gram: Float[Array, "p p"], w: Float[Array, "n p"], group: Int[np.ndarray, " p"]) -> Int[Array, " p"]:
+    """`obs_order` with groups of columns as the units: block OBS, argmin tr(a_g K_gg^-1 a_g').
+
+    Args:
+        gram: (p, p), positive semi-definite.
+        w: (n, p), the matrix to approximate.
+        group: the group of each column, (p,), NumPy; equal sizes. `arange(p) % c_in` makes input channels the groups.
+
+    Returns:
+        A permutation of the columns, members of a group side by side.
+
+    Raises:
+        ValueError: groups of different sizes, or not one group per column.
+    """
+    members = _members(group, w.shape[1])
+    steps = _group_steps(gram, w, jnp.asarray(members), jnp.asarray(len(members)))
+    return jnp.asarray(members)[jnp.argsort(-steps, stable=True)].reshape(-1)
+
+
+def select_groups(
+    gram: Float[Array, "p p"], w: Float[Array, "n p"], k: Int[ArrayLike, ""], group: Int[np.ndarray, " p"]
+) -> Bool[Array, " p"]:
+    """Mask of the k groups of columns that block OBS keeps; arguments and errors as in `group_order`.
+
+    k is traced; beyond the number of groups it counts as the nearer end.
+    """
+    members = _members(group, w.shape[1])
+    remove = jnp.clip(len(members) - jnp.asarray(k).astype(int), 0, len(members))
+    kept = _group_steps(gram, w, jnp.asarray(members), remove) == len(members)
+    return jnp.zeros(w.shape[1], bool).at[jnp.asarray(members)].set(kept[:, None])

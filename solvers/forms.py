@@ -94,8 +94,10 @@ def column_form(context: Context) -> Candidate | None:
     k = int((context.budget - context.index_cost) // (n * members))
     if k < 1:
         return None
-    groups = None if members == 1 else np.arange(p) % context.shape.c_in
-    free = columns.select(context.stats.gram, context.w, k, group=groups)
+    if members == 1:
+        free = columns.select(context.stats.gram, context.w, k)
+    else:
+        free = columns.select_groups(context.stats.gram, context.w, k, np.arange(p) % context.shape.c_in)
     return two_level_candidate(context, free, jnp.zeros(p, bool), 0)
 
 

@@ -7,13 +7,13 @@ approximately, from where the last step ended. `MajorizeMinimize` needs no learn
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.linalg import cho_solve
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from solvers.activation import IDENTITY, RELU
 from solvers.reconstruction import (
@@ -28,6 +28,7 @@ from solvers.reconstruction import (
 MAX_EIGEN_FEATURES = 8192  # beyond, an eigendecomposition takes longer than many Cholesky factorisations
 
 
+@runtime_checkable
 class MStepState(Protocol):
     """What an M step carries from call to call; shapes and dtypes never change."""
 
@@ -37,6 +38,7 @@ class MStepState(Protocol):
         ...
 
 
+@runtime_checkable
 class MStep(Protocol):
     """A solver of the M step: a frozen, hashable dataclass, static under `jax.jit`."""
 
@@ -84,7 +86,7 @@ class MajorizeState(NamedTuple):
         previous_m: the point before.
         previous_z: its response.
         loss: L(m).
-        tight: whether the exact majoriser is in use (see `MajorizeMinimize`).
+        num_steps: steps taken.
         factor: Cholesky factor at `factor_t`, (p, p); (0, 0) with the eigendecomposition.
         factor_t: the t it was made for.
     """
@@ -94,7 +96,7 @@ class MajorizeState(NamedTuple):
     previous_m: Float[Array, "n p"]
     previous_z: Float[Array, "d n"]
     loss: Float[Array, ""]
-    tight: Bool[Array, ""]
+    num_steps: Int[Array, ""]
     factor: Float[Array, "q q"]
     factor_t: Float[Array, ""]
 
@@ -129,27 +131,32 @@ class MajorizeMinimize:
 
     in residual form (the correction to the expansion point), so that rounding in the factorisation slows the iteration
     but does not move its fixed points. The expansion point is m + momentum (m - previous m). T starts with "pull",
-    which also draws outputs back that should be active and are not; it does not touch the loss there, so the true
-    value of L(m) + t/2 ||m - target||^2 may rise. It is checked after every step (it comes free with the response that
-    the next step needs), and on a rise the step is repeated from m itself with the exact ("tight") majoriser, which
-    cannot rise; tight then stays for the rest of the solve. No activation: T = y, and one step is exact.
+    which also draws outputs back that should be active and are not. That bound is convex but does not touch the loss
+    there, so its fixed points are not the loss's: after `pull_steps` steps the exact ("tight") bound takes over. The
+    value of L(m) + t/2 ||m - target||^2 is checked after every step (it comes free with the response that the next
+    step needs): on a rise, which pull and momentum can cause, the step is repeated from m itself with the tight bound,
+    which cannot rise. No activation: T = y, and one step is exact.
 
     A step costs two products with x, 4 d n p FLOPs, and 4 n p^2 for the solve. Memory beyond the problem: two (d, n)
     responses that are kept, up to three more as temporaries, and p^2 values.
 
     Attributes:
         momentum: in [0, 1).
+        pull_steps: steps with pull before the tight bound. With 0, start from a matrix that already responds.
         factorization: "eigh" serves every t and per-output weights; "cholesky" is made again when t moves and takes
             the largest weight for all outputs (still a bound, a looser one); None chooses by p.
     """
 
     momentum: float = 0.7
+    pull_steps: int = 20
     factorization: Literal["eigh", "cholesky"] | None = None
 
     def __post_init__(self) -> None:
         """Checks the options."""
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: pass a value in [0, 1)")
+        if self.pull_steps < 0:
+            raise ValueError(f"pull_steps={self.pull_steps}: pass at least 0")
         if self.factorization not in (None, "eigh", "cholesky"):
             raise ValueError(f"factorization={self.factorization!r}: pass 'eigh', 'cholesky' or None")
 
@@ -179,10 +186,8 @@ class MajorizeMinimize:
     ) -> MajorizeState:
         """At m, at rest."""
         z, loss = self._evaluate(problem, prepared, m)
-        tight = jnp.zeros((), bool)
-        if self._uses_eigh(problem):
-            return MajorizeState(m, z, m, z, loss, tight, jnp.zeros((0, 0), m.dtype), t)
-        return MajorizeState(m, z, m, z, loss, tight, self._factorize(prepared, t), t)
+        factor = jnp.zeros((0, 0), m.dtype) if self._uses_eigh(problem) else self._factorize(prepared, t)
+        return MajorizeState(m, z, m, z, loss, jnp.zeros((), jnp.int32), factor, t)
 
     def step(
         self,
@@ -200,8 +205,8 @@ class MajorizeMinimize:
         def objective(m: Array, loss: Array) -> Array:
             return loss + t / 2 * jnp.sum((m - target) ** 2)
 
-        def attempt(m: Array, z: Array, tight: Array) -> tuple[Array, Array, Array]:
-            residual = descent_residual(problem.activation, problem.y, z, ~tight)
+        def attempt(m: Array, z: Array, pull: bool | Array) -> tuple[Array, Array, Array]:
+            residual = descent_residual(problem.activation, problem.y, z, pull)
             rhs = prepared.scale[:, None] * (residual.T @ problem.x) + t * (target - m)
             new = m + self._solve(prepared, state.factor, rhs, t)
             return new, *self._evaluate(problem, prepared, new)
@@ -209,14 +214,16 @@ class MajorizeMinimize:
         beta = self.momentum
         ahead_m = state.m + beta * (state.m - state.previous_m)
         ahead_z = state.z + beta * (state.z - state.previous_z)
-        new = attempt(ahead_m, ahead_z, state.tight)
+        new = attempt(ahead_m, ahead_z, state.num_steps < self.pull_steps)
         before = objective(state.m, state.loss)
         # Sums of d n terms carry rounding: only a rise beyond it counts.
         slack = 100 * jnp.finfo(before.dtype).eps * before
         rose = objective(new[0], new[2]) > before + slack
-        new = lax.cond(rose, lambda: attempt(state.m, state.z, jnp.ones((), bool)), lambda: new)
+        new = lax.cond(rose, lambda: attempt(state.m, state.z, False), lambda: new)
         m, z, loss = new
-        return state._replace(m=m, z=z, previous_m=state.m, previous_z=state.z, loss=loss, tight=state.tight | rose)
+        return state._replace(
+            m=m, z=z, previous_m=state.m, previous_z=state.z, loss=loss, num_steps=state.num_steps + 1
+        )
 
     def _uses_eigh(self, problem: LayerProblem) -> bool:
         choice = self.factorization or ("eigh" if problem.x.shape[1] <= MAX_EIGEN_FEATURES else "cholesky")

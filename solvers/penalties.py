@@ -6,7 +6,7 @@ nothing else of it: a new penalty is a new class here (or in a user's code) with
 
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Proximal(NamedTuple):
     kept: Bool[Array, " groups"]
 
 
+@runtime_checkable
 class Penalty(Protocol):
     """g1(a) + g2(b), through its proximal steps. An instance is a pytree of traced values with static groupings."""
 

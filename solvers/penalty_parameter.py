@@ -5,7 +5,7 @@ Each rule stops changing t after finitely many changes, so the theory of a const
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -27,6 +27,7 @@ class Progress(NamedTuple):
     changed: Float[Array, ""]
 
 
+@runtime_checkable
 class PenaltyRule(Protocol):
     """A hashable value that moves t every `every` steps, at most `max_changes` times."""
 

@@ -209,22 +209,22 @@ def _minimise(
         )
         return t._replace(direction=jnp.where(taken, _descent_direction(t), t.direction))
 
-    value, gradient = evaluate(first)
     history = jnp.zeros((options.memory, *first.shape), first.dtype)
-    zero, one = jnp.zeros((), jnp.int32), jnp.ones((), first.dtype)
-    start = _Search(
+    zero = jnp.zeros((), jnp.int32)
+    start = _Search(  # the first step has no length: it only evaluates
         first=first,
-        value=value,
-        gradient=gradient,
-        direction=-gradient / 2,
-        length=one,
+        value=jnp.full((), jnp.inf, first.dtype),
+        gradient=jnp.zeros_like(first),
+        direction=jnp.zeros_like(first),
+        length=jnp.ones((), first.dtype),
         moves=history,
         turns=history,
         pairs=zero,
         steps=zero,
         done=jnp.zeros((), bool),
     )
-    return lax.while_loop(lambda s: (s.steps < options.max_steps) & jnp.logical_not(s.done), step, start).first
+    end = lax.while_loop(lambda s: (s.steps <= options.max_steps) & jnp.logical_not(s.done), step, start)
+    return end.first, end.value
 
 
 def _mean_block(gram: Float[Array, "p p"], q: int) -> Float[Array, "q q"]:
@@ -287,8 +287,8 @@ def _fit_first(
     level = jnp.trace(inner) / jnp.maximum(jnp.sum(used), 1) * jnp.asarray(1e-6, dtype)
     inner = inner + jnp.diag(jnp.where(used, jnp.where(level > 0, level, 1), 1).astype(dtype))
     b = jnp.linalg.cholesky(inner).T @ b
-    b = _minimise(b, white, used, ridge * jnp.trace(inner) / r, energy, options)
-    return solve_triangular(chol, b.T, lower=True, trans="T").T
+    b, value = _minimise(b, white, used, ridge * jnp.trace(inner) / r, energy, options)
+    return solve_triangular(chol, b.T, lower=True, trans="T").T, value
 
 
 def _orthonormal(
@@ -298,3 +298,122 @@ def _orthonormal(
     dtype = first.dtype
     jitter = jnp.where(used, 4 * jnp.finfo(dtype).eps * jnp.trace(inner), 1).astype(dtype)
     return solve_triangular(jnp.linalg.cholesky(inner + jnp.diag(jitter)), first, lower=True)
+
+
+class _Projected(NamedTuple):
+    moments: _Moments
+    explained: Float[Array, ""]
+
+
+def _project_columns_out(moments: _Moments, columns: Bool[Array, " p"], max_columns: int) -> _Projected:
+    """Moments of what the single columns leave over, and the energy that they explain."""
+    gram, cross = moments
+    dtype = gram.dtype
+    order = jnp.argsort(jnp.logical_not(columns), stable=True)[:max_columns]
+    kept = columns[order].astype(dtype)
+    rows = gram[order] * kept[:, None]
+    inner = rows[:, order] * kept[None, :] + jnp.diag(1 - kept)
+    chol = jnp.linalg.cholesky(inner)
+    white = solve_triangular(chol, rows, lower=True)
+    z = solve_triangular(chol, (cross[:, order] * kept[None, :]).T, lower=True)
+    outside = jnp.logical_not(columns).astype(dtype)
+    gram = (gram - white.T @ white) * outside[:, None] * outside[None, :]
+    return _Projected(_Moments(gram, (cross - z.T @ white) * outside[None, :]), jnp.sum(z * z))
+
+
+class _Greedy(NamedTuple):
+    basis: Float[Array, "size p"]
+    left: Float[Array, "n p"]
+    diagonal: Float[Array, " p"]
+    columns: Bool[Array, " p"]
+    count: Int[Array, ""]
+
+
+def _greedy_columns(
+    first: Float[Array, "r q"],
+    moments: _Moments,
+    used: Bool[Array, " r"],
+    count: Int[Array, ""],
+    options: SpatialOptions,
+    max_columns: int,
+) -> Bool[Array, " p"]:
+    """Forward greedy: add the column that lowers the error most, given the features and the columns so far.
+
+    A pivoted partial Cholesky factorisation: rows of the residual Gram matrix are made only when they are picked, so a
+    column costs (kh r + k + n) p instead of p^2.
+    """
+    gram, cross = moments
+    p, n, block, dtype = gram.shape[0], cross.shape[0], options.block, gram.dtype
+    _, aim, filtered = _second(first, moments, used, jnp.asarray(0, dtype))
+    inner = jnp.einsum("ajq,tq->ajt", filtered.reshape(aim.shape[1], p // first.shape[1], -1), first)
+    rows = aim.shape[1]
+    flags = jnp.tile(used, p // first.shape[1])
+    basis = _orthonormal(filtered, inner.reshape(rows, rows), flags) * flags.astype(dtype)[:, None]
+    z = _orthonormal(aim.T, inner.reshape(rows, rows), flags)
+    whole = jnp.diagonal(gram)
+
+    def pick(s: _Greedy) -> _Greedy:
+        free = jnp.logical_not(s.columns) & (s.diagonal > 1e3 * jnp.finfo(dtype).eps * whole)
+        score = jnp.where(free, jnp.sum(s.left * s.left, axis=0) / jnp.where(free, s.diagonal, 1), -1)
+        scores, picked = lax.top_k(score, block)
+        good = (s.count + jnp.arange(block) < count) & (scores >= 0)
+        flag = good.astype(dtype)
+        new = (gram[picked] - s.basis[:, picked].T @ s.basis) * flag[:, None]
+        level = jnp.where(good, 0, 1).astype(dtype) + 1e-6 * jnp.diagonal(new[:, picked]) * (block > 1)
+        chol = jnp.linalg.cholesky(new[:, picked] * flag[None, :] + jnp.diag(level))
+        new = solve_triangular(chol, new, lower=True)
+        gain = solve_triangular(chol, (s.left[:, picked] * flag[None, :]).T, lower=True)
+        return _Greedy(
+            basis=lax.dynamic_update_slice(s.basis, new, (rows + s.count, jnp.zeros_like(s.count))),
+            left=s.left - gain.T @ new,
+            diagonal=s.diagonal - jnp.sum(new * new, axis=0),
+            columns=s.columns.at[picked].set(s.columns[picked] | good),
+            count=s.count + block,
+        )
+
+    start = _Greedy(
+        basis=jnp.zeros((rows + max_columns + block, p), dtype).at[:rows].set(basis),
+        left=cross - z.T @ basis,
+        diagonal=whole - jnp.sum(basis * basis, axis=0),
+        columns=jnp.zeros(p, bool),
+        count=jnp.zeros((), jnp.int32),
+    )
+    return lax.while_loop(lambda s: s.count < count, pick, start).columns
+
+
+@partial(jax.jit, static_argnames=("window", "gauge", "options"))
+def select(
+    stats: GramStatistics,
+    w: Float[Array, "n p"],
+    window: tuple[int, ...],
+    budget: Int[Array, ""] | int,
+    rank: Int[Array, ""] | int,
+    *,
+    gauge: bool = True,
+    options: SpatialOptions = SpatialOptions(),
+) -> SpatialColumns:
+    n, p = w.shape
+    rows, q, dtype = window[0], p // window[0], w.dtype
+    bound = options.max_rank or rank_bound(n, p, window)
+    max_columns = min(p, options.max_columns if options.max_columns is not None else p)
+    rank = jnp.minimum(jnp.asarray(rank, jnp.int32), _largest_rank(budget, n, q, rows, bound, gauge))
+    used = jnp.arange(bound) < rank
+    count = jnp.clip((budget - pair_cost(rank, n, q, rows, gauge=gauge)) // n, 0, max_columns).astype(jnp.int32)
+    moments = _Moments(stats.gram, stats.cross)
+    first = _weighted_svd(w, stats.gram, q, bound) * used.astype(dtype)[:, None]
+    zero = jnp.zeros((), dtype)
+
+    def turn(i, state):
+        first, columns, best = state
+        left = _project_columns_out(moments, columns, max_columns)
+        energy = stats.target_energy - left.explained
+        first, value = _fit_first(first, left.moments, used, energy, options)
+        found = SpatialColumns(first=first, rank=rank, columns=columns, error=(energy + value) / stats.target_energy)
+        better = found.error < best.error
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), found, best)
+        columns = lax.cond(i < options.rounds, lambda f: _greedy_columns(f, moments, used, count, options, max_columns), lambda f: columns, first)
+        return first, columns, best
+
+    nothing = jnp.zeros(p, bool)
+    best = SpatialColumns(first=first, rank=rank, columns=nothing, error=jnp.full((), jnp.inf, dtype))
+    return lax.fori_loop(0, options.rounds + 1, turn, (first, nothing, best))[2]

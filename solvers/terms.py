@@ -6,7 +6,7 @@ to whoever rebuilds the network. A new kind of term is one class here and one la
 
 from dataclasses import dataclass, field
 from math import ceil, log2, prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -41,6 +41,7 @@ def index_bits(kept: int, total: int) -> int:
     return min(kept * max(1, ceil(log2(total))), total)
 
 
+@runtime_checkable
 class Term(Protocol):
     """One summand of a compressed layer's matrix."""
 

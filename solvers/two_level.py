@@ -13,43 +13,46 @@ The selection for fixed U is ADMM in constraint form with a growing penalty para
 and 3BASiL (2025), with a knapsack as the projection; then exchanges by exact error.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from solvers import columns
 from solvers.gram import GramStatistics
+from solvers.two_level_steps import (
+    TwoLevelOptions,
+    TwoLevelProblem,
+    admm,
+    basis_cost,
+    closed_form,
+    exchange,
+    greedy_path,
+    leading,
+    prepare,
+)
+
+DEFAULT = TwoLevelOptions()
+LARGE = TwoLevelOptions(
+    rounds=1, growth=(1.3, 1.2, 1.1), max_steps=30, polish=1, greedy=False, finalists=1, screen_steps=15
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TwoLevelOptions:
-    """Schedule of the selection; static under jit.
+def options_for(p: int) -> TwoLevelOptions:
+    """The schedule for a layer of p columns: `LARGE` beyond 1,500, where a step takes tenths of a second."""
+    return DEFAULT if p <= 1500 else LARGE
 
-    Attributes:
-        rounds: selections for fixed U, each followed by the best U for what it selected.
-        rho: first penalty parameter, on a gram of unit diagonal.
-        growth: factors on rho when the support changed by more than 5 %, more than 0.25 %, less.
-        check_every: ADMM steps between checks of the support.
-        patience: checks without a change before ADMM stops.
-        max_steps: limit on the ADMM steps of a round.
-        polish: rounds of exchanges by exact error, each followed by the best U.
-        max_exchanges: columns moved in such a round.
-        greedy: whether `best` tries the greedy path too.
-    """
 
-    rounds: int = 3
-    rho: float = 0.03
-    growth: tuple[float, float, float] = (1.1, 1.05, 1.02)
-    check_every: int = 3
-    patience: int = 5
-    max_steps: int = 150
-    polish: int = 3
-    max_exchanges: int = 100
-    greedy: bool = True
+def rank_grid(n: int, p: int) -> Int[np.ndarray, " ranks"]:
+    """Ranks worth trying for an (n, p) matrix: eighths of min(n, p), two of them where p > 1,500."""
+    eighths = (2, 3, 4, 5, 6) if p <= 1500 else (3, 5)
+    return np.unique([max(1, min(n, p) * i // 8) for i in eighths])
 
 
 @jax.tree_util.register_dataclass
@@ -70,169 +73,235 @@ class TwoLevel:
     error: Float[Array, ""]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """The problem on a gram of unit diagonal, with rows turned into at most p equivalent ones."""
-
-    gram: Array
-    w: Array
-    cross: Array
-    values: Array
-    vectors: Array
-    rest: Array
-    scale: Array
-    n: int = field(metadata={"static": True})
-    gauge: bool = field(metadata={"static": True})
-
-
 def cost(
-    free: Bool[Array, " p"], tail: Bool[Array, " p"], rank: Int[Array, ""], n: int, *, gauge: bool = True
+    free: Bool[Array, " p"], tail: Bool[Array, " p"], rank: Int[ArrayLike, ""], n: int, *, gauge: bool = True
 ) -> Int[Array, ""]:
     """Stored values of a two-level form: n k1 + r (k2 - k1) + r (n - r), or + r n without the gauge."""
-    return n * jnp.sum(free) + rank * jnp.sum(tail) + _basis_cost(rank, n, gauge)
+    rank = jnp.asarray(rank).astype(int)
+    return n * jnp.sum(free) + rank * jnp.sum(tail) + basis_cost(rank, n, gauge)
 
 
-def _basis_cost(rank: Array, n: int, gauge: bool) -> Array:
-    return rank * (n - rank) if gauge else rank * n
-
-
-def _prepare(stats: GramStatistics, w: Array, gauge: bool, spectrum: bool = True) -> _Problem:
-    n, p = w.shape
-    gram, wide = columns.unit_diagonal(stats.gram, w)
-    if n > p:
-        wide = jnp.linalg.qr(wide, mode="r")
-    cross = wide @ gram
-    values, vectors = jnp.linalg.eigh(gram) if spectrum else (jnp.zeros(p, gram.dtype), gram)
-    energy = stats.target_energy
-    return _Problem(
-        gram=gram,
-        w=wide,
-        cross=cross,
-        values=jnp.maximum(values, 0),
-        vectors=vectors,
-        rest=jnp.maximum(energy - jnp.sum(cross * wide), 0),
-        scale=jnp.where(energy > 0, energy, jnp.ones_like(energy)),
-        n=n,
-        gauge=gauge,
+def _form(problem: TwoLevelProblem, masks: tuple[Array, Array], rank: Array, lost: Array) -> TwoLevel:
+    free, both = masks
+    tail = both & ~free & (rank > 0)
+    return TwoLevel(
+        free=free,
+        tail=tail,
+        rank=jnp.where(jnp.any(tail), rank, 0).astype(jnp.int32),
+        error=(problem.rest + lost) / problem.scale,
     )
 
 
-def _leading(square: Array, rank: Array) -> tuple[Array, Array]:
-    """Eigenvectors of the `rank` largest eigenvalues, zero columns for the others; and the sum of the others."""
-    values, vectors = jnp.linalg.eigh(square)
-    top = jnp.arange(square.shape[0]) >= square.shape[0] - rank
-    return jnp.where(top[None, :], vectors, 0), jnp.sum(jnp.where(top, 0, jnp.maximum(values, 0)))
+def _better(new: TwoLevel, old: TwoLevel) -> TwoLevel:
+    return jax.tree.map(lambda a, b: jnp.where(new.error < old.error, a, b), new, old)
 
 
-def _closed_form(problem: _Problem, free: Array, both: Array, rank: Array) -> tuple[Array, Array]:
-    """The best U for S1 = free, S2 = both, and F there."""
-    level = jnp.where(free, 0, jnp.where(both, 1, 2))
-    order = jnp.argsort(level, stable=True)
-    z = problem.w[:, order] @ jnp.linalg.cholesky(problem.gram[order][:, order])
-    level = level[order][None, :]
-    tail = jnp.where(level == 1, z, 0)
-    u, lost = _leading(tail @ tail.T, rank)
-    return u, lost + jnp.sum(jnp.where(level == 2, z * z, 0))
+def _nothing(problem: TwoLevelProblem) -> TwoLevel:
+    none = jnp.zeros(problem.gram.shape[0], bool)
+    lost = jnp.sum(problem.cross * problem.w)
+    return _form(problem, (none, none), jnp.zeros((), int), lost)
 
 
-def _project(problem: _Problem, e: Array, u: Array, rank: Array, room: Array) -> tuple[Array, Array, Array]:
-    """Knapsack projection of e by energy per stored value: (nearest matrix, S1, S2).
+def _rounds(
+    problem: TwoLevelProblem,
+    budget: Array,
+    rank: Array,
+    options: TwoLevelOptions,
+    choose: Callable[[Array, Array, Array], tuple[Array, Array]],
+    start: Array,
+) -> TwoLevel:
+    """`choose(u, rank, room)` -> (S1, S2), the best U for them, exchanges, and again; the best form met."""
+    room = budget - basis_cost(rank, problem.n, problem.gauge)
 
-    U'e_j costs r, (I - UU')e_j another n - r; where the second has the better ratio both go together, so that S1 stays
-    within S2. Items are taken in order while they fit into `room`.
-    """
-    n, p = problem.n, e.shape[1]
-    inner = u.T @ e
-    energy_u = jnp.sum(inner * inner, axis=0)
-    energy = jnp.sum(e * e, axis=0)
-    prices = jnp.stack([rank, n - rank])
-    ratio = jnp.stack([energy_u, energy - energy_u]) / jnp.maximum(prices, 1).astype(e.dtype)[:, None]
-    ratio = jnp.where((prices > 0)[:, None], ratio, jnp.inf)
-    score = jnp.where((ratio[1] > ratio[0])[None, :], (energy / n)[None, :], ratio).reshape(-1)
-    order = jnp.argsort(-score, stable=True)
-    spent = jnp.cumsum(jnp.repeat(prices, p)[order])
-    taken = jnp.zeros(2 * p, bool).at[order].set(spent <= room)
-    both, free = taken[:p], taken[p:] & taken[:p]
-    low = u @ inner
-    return jnp.where(both[None, :], low, 0) + jnp.where(free[None, :], e - low, 0), free, both
+    def evaluate(masks: tuple[Array, Array], best: TwoLevel) -> tuple[Array, TwoLevel]:
+        u, lost = closed_form(problem, *masks, rank)
+        return u, _better(_form(problem, masks, rank, lost), best)
+
+    def polish(_: Array, s: tuple) -> tuple:
+        masks, u, best = s
+        masks = exchange(problem, u, rank, room, masks, options.max_exchanges)
+        return masks, *evaluate(masks, best)
+
+    def one(_: Array, s: tuple[Array, TwoLevel]) -> tuple[Array, TwoLevel]:
+        u, best = s
+        masks = choose(u, rank, room)
+        u, best = evaluate(masks, best)
+        return lax.fori_loop(0, options.polish, polish, (masks, u, best))[1:]
+
+    nothing = _nothing(problem)
+    best = lax.fori_loop(0, options.rounds, one, (start, nothing))[1]
+    # Without room for U there is no form of this rank.
+    return jax.tree.map(lambda a, b: jnp.where(room >= 0, a, b), best, nothing)
 
 
-def _admm(problem: _Problem, u: Array, rank: Array, room: Array, options: TwoLevelOptions) -> tuple[Array, Array]:
-    """S1 and S2 for a fixed U by ADMM in constraint form."""
-    q, dtype = problem.vectors, problem.gram.dtype
+def _clip_rank(problem: TwoLevelProblem, rank: ArrayLike) -> Array:
+    return jnp.clip(jnp.asarray(rank).astype(int), 0, problem.w.shape[0])
+
+
+def _by_admm(problem: TwoLevelProblem, budget: Array, rank: Array, options: TwoLevelOptions) -> TwoLevel:
+    start = leading(problem.cross @ problem.w.T, rank)[0]
+    return _rounds(problem, budget, rank, options, partial(admm, problem, options=options), start)
+
+
+def _by_greedy(problem: TwoLevelProblem, budget: Array, rank: Array, options: TwoLevelOptions) -> TwoLevel:
+    start = leading(problem.cross @ problem.w.T, rank)[0]
+    return _rounds(problem, budget, rank, options, partial(greedy_path, problem), start)
+
+
+def _pure_columns(problem: TwoLevelProblem, budget: Array) -> TwoLevel:
+    free = columns.select(problem.gram, problem.w, budget // problem.n)
+    lost = columns.column_error(problem.gram, problem.w, free)
+    return _form(problem, (free, free), jnp.zeros((), int), lost)
+
+
+def _pure_low_rank(problem: TwoLevelProblem, budget: Array) -> TwoLevel:
+    """u v on all columns, of the largest rank that the budget pays for."""
     p = problem.gram.shape[0]
-
-    def step(_: Array, s: tuple) -> tuple:
-        d, dual, rho, _, _ = s
-        c = ((problem.cross - dual + rho * d) @ q / (problem.values + rho)[None, :]) @ q.T
-        d, free, both = _project(problem, c + dual / rho, u, rank, room)
-        return d, dual + rho * (c - d), rho, free, both
-
-    def check(s: tuple) -> tuple:
-        (d, dual, rho, free, both), still, steps = s
-        new = lax.fori_loop(0, options.check_every, step, (d, dual, rho, free, both))
-        changed = jnp.sum(new[3] != free) + jnp.sum(new[4] != both)
-        share = changed.astype(dtype) / jnp.maximum(jnp.sum(new[3]) + jnp.sum(new[4]), 1).astype(dtype)
-        fast, middle, slow = options.growth
-        rho = rho * jnp.where(share > 0.05, fast, jnp.where(share > 0.0025, middle, slow)).astype(dtype)
-        return (new[0], new[1], rho, new[3], new[4]), jnp.where(changed == 0, still + 1, 0), steps + options.check_every
-
-    none = jnp.zeros(p, bool)
-    start = (problem.w, jnp.zeros_like(problem.w), jnp.asarray(options.rho, dtype), none, none)
-    going = lambda s: (s[1] < options.patience) & (s[2] < options.max_steps)  # noqa: E731
-    return lax.while_loop(going, check, (start, jnp.zeros((), jnp.int32), 0))[0][3:]
+    ranks = jnp.arange(problem.w.shape[0] + 1)
+    rank = jnp.max(jnp.where(ranks * p + basis_cost(ranks, problem.n, problem.gauge) <= budget, ranks, 0))
+    lost = leading(problem.cross @ problem.w.T, rank)[1]
+    return _form(problem, (jnp.zeros(p, bool), jnp.ones(p, bool)), rank, lost)
 
 
-def _exchange(
-    problem: _Problem, u: Array, rank: Array, room: Array, masks: tuple[Array, Array], limit: int
-) -> tuple[Array, Array]:
-    """Fills what is left of the room, then overfills by one move and empties again while F falls (U fixed).
+def _least(forms: TwoLevel) -> TwoLevel:
+    """The form of least error of a batch."""
+    i = jnp.argmin(forms.error)
+    return jax.tree.map(lambda leaf: leaf[i], forms)
 
-    A move puts a column into S2, raises one from S2 to S1, or does both at once; or the reverse of these. Adding takes
-    the best fall of F per stored value, removing the least rise per stored value that is over the room.
-    """
-    p, dtype = problem.gram.shape[0], problem.gram.dtype
-    prices = jnp.stack([rank, problem.n - rank, jnp.full_like(rank, problem.n)])
-    inner = u.T @ problem.w
 
-    def spent(free: Array, both: Array) -> Array:
-        return prices[0] * jnp.sum(both) + prices[1] * jnp.sum(free)
-
-    def choose(low: Array, high: Array, free: Array, both: Array) -> tuple[Array, Array, Array, Array, Array]:
-        left = room - spent(free, both)
-        over = left < 0
-        change = jnp.stack([low, high, low + high])
-        tail = both & ~free
-        into, out = jnp.stack([~both, tail, ~both]), jnp.stack([tail, free, free])
-        fits = into & (prices <= left)[:, None]
-        ended = ~over & ~jnp.any(fits)
-        allowed = jnp.where(over, out, jnp.where(ended, into, fits))
-        worth = jnp.where(over, jnp.minimum(prices, -left), prices)
-        ratio = change / jnp.maximum(worth, 1).astype(dtype)[:, None]
-        i = jnp.argmax(jnp.where(allowed, jnp.where(over, -ratio, ratio), -jnp.inf).reshape(-1))
-        delta = change.reshape(-1)[i] * jnp.where(over, 1, -1).astype(dtype)
-        return i // p, i % p, delta, ended, jnp.any(allowed)
-
-    def body(s: tuple) -> tuple:
-        one, two, free, both, f, best, kept, num, _ = s
-        kind, j, delta, ended, possible = choose(
-            columns.sweep_scores(*two), columns.sweep_scores(*one), free, both
+def _check(stats: GramStatistics, w: Array) -> None:
+    if w.shape != stats.cross.shape:
+        raise ValueError(
+            f"w has the shape {w.shape}, but the statistics are of a layer of shape {stats.cross.shape}; "
+            "take w = gram.least_squares(stats)."
         )
-        better = ended & (f < best)
-        kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), (free, both), kept)
-        going = possible & (better | ~ended)
-        best = jnp.where(better, f - 100 * jnp.finfo(dtype).eps * jnp.sum(problem.scale), best)
-        same = lambda q, c, j: (q, c)  # noqa: E731
-        one = lax.cond(going & (kind >= 1), columns.sweep, same, *one, j)
-        two = lax.cond(going & (kind != 1), columns.sweep, same, *two, j)
-        free = jnp.where(going & (kind >= 1), free.at[j].set(~free[j]), free)
-        both = jnp.where(going & (kind != 1), both.at[j].set(~both[j]), both)
-        return one, two, free, both, f + delta, best, kept, num + 1, going
 
-    free, both = masks
-    one = columns.swept(problem.gram, problem.w - u @ inner, free)
-    two = columns.swept(problem.gram, inner, both)
-    zero = jnp.zeros((), dtype)
-    start = (one, two, free, both, zero, jnp.asarray(jnp.inf, dtype), masks, jnp.zeros((), jnp.int32), jnp.asarray(True))
-    return lax.while_loop(lambda s: s[8] & (s[7] < limit), body, start)[6]
+
+@partial(jax.jit, static_argnames=("gauge", "options"))
+def select(
+    stats: GramStatistics,
+    w: Float[Array, "n p"],
+    budget: Num[ArrayLike, ""],
+    rank: Int[ArrayLike, ""],
+    *,
+    gauge: bool = True,
+    options: TwoLevelOptions = DEFAULT,
+) -> TwoLevel:
+    """A two-level form of a given rank with a low F, by constraint ADMM and exchanges.
+
+    Args:
+        stats: statistics of the layer; gram with a ridge where it is nearly singular.
+        w: (n, p), the matrix to approximate, `gram.least_squares(stats)`.
+        budget: stored values the form may have, traced; `cost` never exceeds it.
+        rank: r, traced; beyond [0, min(n, p)] it counts as the nearer end. 0 gives pure columns.
+        gauge: whether u is stored with an identity block.
+        options: schedule.
+
+    Returns:
+        What to keep. When the budget does not even pay for u: nothing at all, with rank 0.
+
+    Raises:
+        ValueError: w and stats are of different shapes.
+    """
+    _check(stats, w)
+    problem = prepare(stats, w, gauge)
+    return _by_admm(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options)
+
+
+@partial(jax.jit, static_argnames=("gauge", "options"))
+def select_greedy(
+    stats: GramStatistics,
+    w: Float[Array, "n p"],
+    budget: Num[ArrayLike, ""],
+    rank: Int[ArrayLike, ""],
+    *,
+    gauge: bool = True,
+    options: TwoLevelOptions = DEFAULT,
+) -> TwoLevel:
+    """As `select`, with three group OBS paths in place of ADMM for every U."""
+    _check(stats, w)
+    problem = prepare(stats, w, gauge, spectrum=False)
+    return _by_greedy(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options)
+
+
+@partial(jax.jit, static_argnames=("gauge", "options"))
+def best(
+    stats: GramStatistics,
+    w: Float[Array, "n p"],
+    budget: Num[ArrayLike, ""],
+    ranks: Int[ArrayLike, " ranks"],
+    *,
+    gauge: bool = True,
+    options: TwoLevelOptions = DEFAULT,
+) -> TwoLevel:
+    """The form of least F over several ranks, pure columns and pure low rank included.
+
+    One short round of ADMM ranks the ranks; the `options.finalists` best are solved in full, by ADMM and, if
+    `options.greedy`, by the greedy path.
+
+    Args:
+        stats: as in `select`.
+        w: as in `select`.
+        budget: as in `select`.
+        ranks: (ranks,), the ranks to try, traced (`rank_grid`).
+        gauge: as in `select`.
+        options: schedule.
+
+    Returns:
+        What to keep.
+
+    Raises:
+        ValueError: w and stats are of different shapes.
+    """
+    _check(stats, w)
+    problem = prepare(stats, w, gauge)
+    budget, ranks = jnp.asarray(budget).astype(int), _clip_rank(problem, ranks)
+    short = replace(options, rounds=1, polish=0, growth=options.screen_growth, max_steps=options.screen_steps)
+    finalists = min(options.finalists, len(ranks))
+    if finalists < len(ranks):
+        errors = lax.map(lambda rank: _by_admm(problem, budget, rank, short).error, ranks)
+        ranks = ranks[jnp.argsort(errors)[:finalists]]
+    solvers = (_by_admm, _by_greedy) if options.greedy else (_by_admm,)
+    form = _better(_pure_columns(problem, budget), _pure_low_rank(problem, budget))
+    for solver in solvers:
+        form = _better(_least(lax.map(partial(solver, problem, budget, options=options), ranks)), form)
+    return form
+
+
+@partial(jax.jit, static_argnames=("gauge", "options"))
+def select_sum(
+    stats: GramStatistics,
+    w: Float[Array, "n p"],
+    budget: Num[ArrayLike, ""],
+    ranks: Int[ArrayLike, " ranks"],
+    *,
+    gauge: bool = True,
+    options: TwoLevelOptions = DEFAULT,
+) -> TwoLevel:
+    """The sum a + b of the paper: a on k columns, v on all the others (S2 = all), the best over `ranks`.
+
+    For each rank, k is what the budget leaves; columns by group OBS and swaps on (I - UU')w, then the best U, in
+    `options.rounds` turns, once from U = 0 (columns first) and once from the leading vectors (low rank first).
+
+    Arguments, result and errors as in `best`. Where a rank cannot be paid the error is that of keeping nothing.
+    """
+    _check(stats, w)
+    problem = prepare(stats, w, gauge, spectrum=False)
+    p = w.shape[1]
+    plain = replace(options, polish=0)
+
+    def choose(u: Array, rank: Array, room: Array) -> tuple[Array, Array]:
+        room = room - rank * p
+        k = jnp.clip(room // jnp.maximum(problem.n - rank, 1), 0, p)
+        rest = problem.w - u @ (u.T @ problem.w)
+        free = columns.obs_steps(problem.gram, rest, p - k, jnp.zeros(p, bool)) == p
+        free = columns.swap(problem.gram, rest, free)
+        return free & (room >= 0), jnp.broadcast_to(room >= 0, (p,))
+
+    def one(rank: Array) -> TwoLevel:
+        u = leading(problem.cross @ problem.w.T, rank)[0]
+        starts = jnp.stack([jnp.zeros_like(u), u])
+        turns = lambda u: _rounds(problem, jnp.asarray(budget).astype(int), rank, plain, choose, u)  # noqa: E731
+        return _least(lax.map(turns, starts))
+
+    return _least(lax.map(one, _clip_rank(problem, ranks)))

@@ -52,16 +52,20 @@ def put(root: nnx.Module, path: Path, new: nnx.Module) -> nnx.Module:
     if not path:
         return new
     get(root, path)
+    _place(root, path, new)
+    return root
+
+
+def _place(root: nnx.Module, path: Path, new: Any) -> None:
     parent, key = get(root, path[:-1]), path[-1]
     if isinstance(parent, tuple):
         position = int(key)
-        changed: Any = nnx.data((*parent[:position], new, *parent[position + 1 :]))
-        put(root, path[:-1], changed)
+        _place(root, path[:-1], (*parent[:position], new, *parent[position + 1 :]))
     elif isinstance(parent, _CONTAINERS):
         cast(Any, parent)[key] = new
     else:
-        setattr(parent, str(key), new)
-    return root
+        # A module refuses a plain tuple of modules unless it is told that it is data.
+        setattr(parent, str(key), nnx.data(new) if isinstance(new, tuple) else new)
 
 
 def homes(model: nnx.Module, path: Path) -> tuple[Path, ...]:

@@ -42,9 +42,7 @@ class Capture:
         compressed: the execution of the network compressed so far.
     """
 
-    def __init__(
-        self, model: nnx.Module, batches: Iterable[tuple[Any, ...]], *, call: Callable[..., Any] = _default_call
-    ):
+    def __init__(self, model: nnx.Module, batches: Iterable[Any], *, call: Callable[..., Any] = _default_call):
         """Trace the network and find its layers. The model is cloned and set to evaluation mode; it is not changed.
 
         Args:
@@ -174,7 +172,8 @@ class Capture:
         targets = self._graph.outputs
         original = self.original.compute(targets, self._later_original(self._next))
         compressed = self.compressed.compute(targets, self._later_compressed(), self._volatile())
-        return self._join(original), self._join(compressed)
+        sizes = self._batch_size, self.num_images
+        return _join(self._graph, original, *sizes), _join(self._graph, compressed, *sizes)
 
     def _check(self, site: LayerSite) -> int:
         position = self._position.get(site.path)
@@ -229,16 +228,18 @@ class Capture:
         # Between a layer's output and its response only reshapes happen that keep the order of the rows.
         part[...] = np.asarray(value).reshape(-1, *out.shape[1:])[: len(part)]
 
-    def _join(self, chunks: Iterable[Any]) -> Any:
-        parts = [[np.asarray(values[v]) for v in self._graph.outputs] for values in chunks]
-        leaves = []
-        for leaf in zip(*parts, strict=True):
-            rows = leaf[0].shape[0] if leaf[0].ndim else 0
-            if rows and rows % self._batch_size == 0:
-                leaves.append(np.concatenate(leaf)[: self.num_images * (rows // self._batch_size)])
-            else:
-                leaves.append(np.stack(leaf))
-        return jax.tree.unflatten(self._graph.out_tree, leaves)
+
+def _join(graph: Graph, chunks: Iterable[Any], batch_size: int, num_images: int) -> Any:
+    """The outputs of all chunks, one after the other, without the padding images."""
+    parts = [[np.asarray(values[v]) for v in graph.outputs] for values in chunks]
+    leaves = []
+    for leaf in zip(*parts, strict=True):
+        rows = leaf[0].shape[0] if leaf[0].ndim else 0
+        if rows and rows % batch_size == 0:
+            leaves.append(np.concatenate(leaf)[: num_images * (rows // batch_size)])
+        else:
+            leaves.append(np.stack(leaf))
+    return jax.tree.unflatten(graph.out_tree, leaves)
 
 
 def _layer(call: Call, z: Any, kernel: Float[Array, "..."], bias: Float[Array, " n"], x: Array) -> Array:
@@ -248,7 +249,7 @@ def _layer(call: Call, z: Any, kernel: Float[Array, "..."], bias: Float[Array, "
     return out.reshape(z.shape).astype(z.dtype)
 
 
-def _check_batches(batches: Sequence[tuple[Any, ...]]) -> tuple[list[list[Array]], Any, list[int]]:
+def _check_batches(batches: Sequence[Any]) -> tuple[list[list[Array]], Any, list[int]]:
     """The leaves of each batch, padded to the first one's size, how they nest, and the number of images of each."""
     if not batches:
         raise ValueError("batches: empty; give at least one tuple of arguments")

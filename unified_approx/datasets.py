@@ -87,9 +87,10 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array, not an npz archive")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, not an npz archive")
+        with file:
             missing = [key for key in _KEYS if key not in file]
             if missing:
                 raise ValueError(f"no array {missing[0]!r}, it needs {', '.join(_KEYS)}")

@@ -143,8 +143,6 @@ def _refuse_call(context: _Context, op: Op, position: int, module: nnx.Conv | nn
     used, own = np.asarray(graph.constant(op.inputs[1])), np.asarray(module.kernel[...])
     if used.shape != own.shape or not np.array_equal(used, own.astype(used.dtype), equal_nan=True):
         return "kernel transformed before its use (a mask, a transposition, a normalisation)"
-    if graph.is_constant(op.inputs[0]):
-        return "its input is constant"
     if not _same_parameters(graph, op, module):
         return "called with other parameters than the module's"
     rows = graph.avals[op.outputs[0]].shape[0]

@@ -268,4 +268,4 @@ def _relu_further_on(graph: Graph, h: int) -> bool:
 
 
 def _pads_with_zero(graph: Graph, op: Op) -> bool:
-    return graph.is_constant(op.inputs[1]) and graph.scalar(op.inputs[1]) == 0
+    return graph.is_constant(op.inputs[1]) and bool(graph.scalar(op.inputs[1]) == 0)

@@ -20,11 +20,11 @@ def forward(model: nnx.Module, x: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "call"))
-def _run(graphdef: Any, state: Any, x: Array, call: Call) -> Array:
+def _run(graphdef: Any, state: Any, x: Array, call: Call) -> Any:
     return call(nnx.merge(graphdef, state), x)
 
 
-def _prepare(model: nnx.Module, x: AnyArray, batch_size: int, call: Call) -> tuple[Callable[[Array], Array], int, int]:
+def _prepare(model: nnx.Module, x: AnyArray, batch_size: int, call: Call) -> tuple[Callable[[Array], Any], int, int]:
     """(the jitted network on one batch, batch size, outputs); checks everything that needs no computation."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}: give an integer >= 1")
@@ -40,7 +40,7 @@ def _prepare(model: nnx.Module, x: AnyArray, batch_size: int, call: Call) -> tup
     return run, size, out.shape[1]
 
 
-def _logits(run: Callable[[Array], Array], x: AnyArray, size: int) -> np.ndarray:
+def _logits(run: Callable[[Array], Any], x: AnyArray, size: int) -> np.ndarray:
     parts = []
     for start in range(0, len(x), size):
         batch = jnp.asarray(x[start : start + size])

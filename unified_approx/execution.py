@@ -14,6 +14,7 @@ class Execution:
     Attributes:
         ops: the graph's, or what replaced them.
         num_runs: how often each of the ops ran on each chunk.
+        stored: numbers of the values that each chunk holds.
     """
 
     def __init__(self, graph: Graph, chunks: Iterable[Sequence[Shaped[Array, "..."]]]):
@@ -22,7 +23,7 @@ class Execution:
         self.num_runs = [0] * len(self.ops)
         self._graph = graph
         self._chunks = [dict(zip(graph.inputs, leaves, strict=True)) for leaves in chunks]
-        self._stored = set(graph.inputs)
+        self.stored = set(graph.inputs)
 
     def override(self, number: int, source: int, function: Callable[[Value], Value]) -> None:
         """From now on compute the value `number` as function(value `source`), an earlier one."""
@@ -47,12 +48,12 @@ class Execution:
             later: numbers of the values that will be asked for afterwards: what they need is kept, the rest freed.
             volatile: values that are about to change and must not be kept; they are computed again when asked for.
         """
-        plan, _ = self._plan(self._stored, targets)
-        made = self._stored.union(*(self.ops[i].outputs for i in plan))
+        plan, _ = self._plan(self.stored, targets)
+        made = self.stored.union(*(self.ops[i].outputs for i in plan))
         _, kept = self._plan(made.difference(volatile), later)
         release = self._release(plan, made, kept.union(targets))
         for chunk in self._chunks:
-            for v in self._stored.difference(release, kept, targets):
+            for v in self.stored.difference(release, kept, targets):
                 del chunk[v]
             yield self._run(chunk, plan, release, targets)
             for v in set(chunk).difference(kept):
@@ -60,7 +61,7 @@ class Execution:
             jax.block_until_ready(list(chunk.values()))  # dispatch is asynchronous: bound what is in flight
         for i in plan:
             self.num_runs[i] += 1
-        self._stored = kept
+        self.stored = kept
 
     def _plan(self, have: Collection[int], targets: Iterable[int]) -> tuple[list[int], set[int]]:
         """The ops to run for `targets`, in order, and the values among `have` that they start from."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unified_approx.assemble import get, unfold
+
 RNGS = nnx.Rngs
 
 
@@ -163,8 +165,7 @@ def shared() -> nnx.Module:
     layer = conv(4, 4)
 
     def call(m: Any, x: jax.Array) -> jax.Array:
-        x = nnx.relu(m.again(nnx.relu(m.middle(nnx.relu(m.layer(m.stem(x)))))))
-        return x
+        return nnx.relu(m.again(nnx.relu(m.middle(nnx.relu(m.layer(m.stem(x)))))))
 
     return Fn(call, stem=conv(3, 4), layer=layer, middle=conv(4, 4, 1), again=layer)
 
@@ -228,3 +229,26 @@ def small_dtype() -> nnx.Module:
         bn=norm(4, dtype=jnp.bfloat16),
         b=conv(4, 3, dtype=jnp.bfloat16),
     )
+
+
+def exact(model: nnx.Module, site: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix and bias of z that change nothing."""
+    layer: Any = get(model, site.path)
+    shape = site.geometry.matrix_shape
+    matrix = site.scale[:, None] * np.asarray(layer.kernel[...], np.float64).reshape(shape.p, shape.n).T
+    return matrix.astype(np.float32), site.shift.astype(np.float32)
+
+
+def plain_layer(model: nnx.Module, site: Any, matrix: np.ndarray, bias: np.ndarray) -> nnx.Module:
+    """A new nnx.Conv or nnx.Linear, made from the site alone, that replaces the layer: z = x matrix' + bias."""
+    rows, shift = unfold(site, matrix, bias)
+    g, dtype = site.geometry, get(model, site.path).dtype
+    if site.kind == "linear":
+        new = build(lambda: linear(g.c_in, g.c_out, dtype=dtype))
+    else:
+        options: dict[str, Any] = {"strides": g.strides, "padding": g.padding, "kernel_dilation": g.dilation}
+        new = build(lambda: nnx.Conv(g.c_in, g.c_out, g.window, dtype=dtype, rngs=RNGS(0), **options))
+    layer: Any = new
+    layer.kernel[...] = jnp.asarray(rows.T.reshape(layer.kernel.shape))
+    layer.bias[...] = jnp.asarray(shift)
+    return new

@@ -123,7 +123,7 @@ def server(tmp_path, monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
         thread.start()
         monkeypatch.undo()  # the real pooch.retrieve again
         monkeypatch.delenv(datasets.ENVIRONMENT, raising=False)

@@ -21,7 +21,7 @@ class Net(nnx.Module):
 @pytest.fixture(scope="module")
 def model():
     net = zoo.he_normal(lambda: Net(nnx.Rngs(0)))
-    net.norm.mean[...] = jnp.array([0.5, -1.0, 0.0, 2.0])
+    net.norm.mean[...] = jnp.array([0.5, -1.0, 0.0, 2.0], jnp.float32)
     return net
 
 

@@ -53,11 +53,13 @@ def test_names_and_unknown_name():
 def test_every_network_has_its_size_and_gives_logits(name):
     entry, model = zoo.entry(name), abstract(name)
     assert sum(v.size for v in weights(model)) == PARAMETERS[name]
+    assert entry.dataset in datasets.names()
+    if name in ("resnet32", "resnet44", "resnet56"):
+        return  # the same code as resnet20
     x = jax.ShapeDtypeStruct((2, *entry.input_shape), jnp.float32)
     out = nnx.eval_shape(lambda m, x: m(x), model, x)
     assert out.shape == (2, entry.num_classes)
     assert out.dtype == jnp.float32
-    assert entry.dataset in datasets.names()
 
 
 def test_paths_are_the_documented_ones():
@@ -66,8 +68,8 @@ def test_paths_are_the_documented_ones():
 
 
 def test_create_is_he_normal_reproducible_and_in_eval_mode():
-    first, again, other = (flat(zoo.create("resnet20", seed=s)) for s in (3, 3, 4))
-    kernel = "blocks/7/conv1/kernel"
+    first, again, other = (flat(zoo.create("digits", batch_norm=True, seed=s)) for s in (3, 3, 4))
+    kernel = "conv3/kernel"
     np.testing.assert_array_equal(first[kernel], again[kernel])
     assert not np.array_equal(first[kernel], other[kernel])
     assert first[kernel].std() == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.02)  # 36,864 draws
@@ -75,7 +77,7 @@ def test_create_is_he_normal_reproducible_and_in_eval_mode():
     assert first["bn1/scale"].min() == first["bn1/var"].min() == 1
     assert not first["bn1/mean"].any()
     assert not first["fc/bias"].any()
-    assert zoo.create("resnet20").bn1.use_running_average
+    assert zoo.create("digits", batch_norm=True).bn1.use_running_average
 
 
 def test_options():
@@ -124,12 +126,13 @@ def test_published_resnet20(models_dir, cifar10):
 
 
 def test_published_vgg16(models_dir, cifar10):
-    assert abs(correct("vgg16", models_dir / "vgg16-cifar10.safetensors", cifar10, 100) - VGG16_OF_100) <= 1
+    # 45 of the first 50, 456 of the first 500; few, because XLA convolves 2×2 images slowly.
+    assert abs(correct("vgg16", models_dir / "vgg16-cifar10.safetensors", cifar10, 50) - 45) <= 1
 
 
-def test_published_resnet56_loads_and_agrees_with_the_labels(models_dir, cifar10):
-    # 9,339 of all 10,000 is the published 93.39 %.
-    assert abs(correct("resnet56", models_dir / "resnet56-cifar10.safetensors", cifar10, 250) - RESNET56_OF_250) <= 1
+def test_published_resnet56(models_dir, cifar10):
+    # 231 of the first 250, and 9,339 of all 10,000, the published 93.39 %.
+    assert abs(correct("resnet56", models_dir / "resnet56-cifar10.safetensors", cifar10, 250) - 231) <= 1
 
 
 def test_published_lenet300_has_its_published_error(models_dir, data_dir):

@@ -27,7 +27,7 @@ class NetworkInNetwork(nnx.Module):
         x = nnx.max_pool(x, (3, 3), (2, 2), "SAME")
         for layer in (self.conv2, self.cccp3, self.cccp4):
             x = nnx.relu(layer(x))
-        x = nnx.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
+        x = nnx.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)  # float64 under x64
         for layer in (self.conv3, self.cccp5, self.cccp6):
             x = nnx.relu(layer(x))
         return jnp.mean(x, axis=(1, 2))

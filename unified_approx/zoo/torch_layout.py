@@ -100,14 +100,26 @@ def _leaf(owner: Any, module: str, leaf: str) -> str:
     )
 
 
-def _axes(owner: Any, leaf: str, shape: tuple[int, ...], hwc: tuple[int, int, int] | None) -> tuple[Any, Any]:
-    """(view, axes) of a slot, see `_Slot`."""
+def _check_flatten(owner: Any, module: str, hwc: tuple[int, int, int] | None) -> None:
+    if hwc is not None and not (isinstance(owner, nnx.Linear) and prod(hwc) == owner.in_features):
+        inputs = f" of {owner.in_features} inputs" if isinstance(owner, nnx.Linear) else ""
+        raise ValueError(
+            f"flatten[{module!r}] is {hwc}, but {module} is a {type(owner).__name__}{inputs}: give the (height, width, "
+            "channels) of the feature map that a Linear reads"
+        )
+
+
+def _layout(
+    owner: Any, leaf: str, shape: tuple[int, ...], hwc: tuple[int, int, int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(view, axes, shape) of a slot, see `_Slot`."""
     if leaf != "kernel" or not isinstance(owner, nnx.Conv | nnx.Linear):
-        return shape, tuple(range(len(shape)))
+        return shape, tuple(range(len(shape))), shape
     if hwc is not None:
-        return (*hwc, shape[-1]), (3, 2, 0, 1)
+        return (*hwc, shape[-1]), (3, 2, 0, 1), shape[::-1]
     rank = len(shape)
-    return shape, (rank - 1, rank - 2, *range(rank - 2))
+    axes = (rank - 1, rank - 2, *range(rank - 2))
+    return shape, axes, tuple(shape[a] for a in axes)
 
 
 def _slots(model: nnx.Module, names: Names, flatten: Flatten) -> list[_Slot]:
@@ -116,16 +128,10 @@ def _slots(model: nnx.Module, names: Names, flatten: Flatten) -> list[_Slot]:
         owner, module, leaf = _owner(model, path), "/".join(map(str, path[:-1])), str(path[-1])
         modules.add(module)
         hwc = flatten.get(module)
-        if hwc is not None and not (isinstance(owner, nnx.Linear) and prod(hwc) == owner.in_features):
-            raise ValueError(
-                f"flatten[{module!r}] is {hwc}: give the (height, width, channels) of the feature map that a Linear of "
-                f"{prod(hwc)} inputs reads; {module} is a {type(owner).__name__} with kernel or array {variable.shape}"
-            )
+        _check_flatten(owner, module, hwc)
         prefix = names(module) if callable(names) else names.get(module, dotted(module))
         key = ".".join(part for part in (prefix, _leaf(owner, module, leaf)) if part)
-        view, axes = _axes(owner, leaf, variable.shape, hwc)
-        shape = tuple(view[a] for a in axes)
-        slots.append(_Slot(path, variable, key, view, axes, (shape[0], prod(shape[1:])) if hwc else shape))
+        slots.append(_Slot(path, variable, key, *_layout(owner, leaf, variable.shape, hwc)))
     for argument, given in (("names", () if callable(names) else names), ("flatten", flatten)):
         if unknown := [module for module in given if module not in modules]:
             raise ValueError(f"{argument}: {unknown[0]!r} is no layer of the network; layers are {sorted(modules)}")

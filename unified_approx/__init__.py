@@ -1,0 +1,53 @@
+"""Make trained Flax networks smaller and faster: column-sparse plus low-rank layers, fitted after the ReLU."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unified_approx import datasets, evaluate, zoo
+    from unified_approx.budget import Budget
+    from unified_approx.pipeline import Plan, Result, compress, plan
+    from unified_approx.report import Report
+    from unified_approx.rules import Rule
+    from unified_approx.storage import load, save
+
+# Imported on first use: the command line answers `--help` without loading JAX.
+_HOMES = {
+    "Budget": "budget",
+    "Plan": "pipeline",
+    "Report": "report",
+    "Result": "pipeline",
+    "Rule": "rules",
+    "compress": "pipeline",
+    "load": "storage",
+    "plan": "pipeline",
+    "save": "storage",
+}
+_MODULES = ("datasets", "evaluate", "zoo")
+
+__all__ = [
+    "Budget",
+    "Plan",
+    "Report",
+    "Result",
+    "Rule",
+    "compress",
+    "datasets",
+    "evaluate",
+    "load",
+    "plan",
+    "save",
+    "zoo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"unified_approx.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"unified_approx.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'unified_approx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,354 @@
+"""The command line: `unified-approx demo | compress | evaluate | info`.
+
+JAX and everything that needs it is imported inside the commands, so that help is there at once.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from unified_approx.pipeline import Plan, Result
+
+DONE, FAILED, BAD_USAGE, BUDGET_NOT_MET = range(4)
+
+app = typer.Typer(
+    name="unified-approx",
+    help="Make trained Flax networks smaller and faster.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage, 3 done but the budget was not met.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Network = Annotated[
+    str,
+    typer.Argument(
+        metavar="NETWORK",
+        help="A name of the zoo, or package.module:factory, a function without arguments that returns a Flax NNX "
+        "module (the current folder is searched too).",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Safetensors file in PyTorch's layouts; for a factory its names are the paths with dots. Not needed for "
+        "digits, nor for a factory that loads its weights itself."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data set's npz file (x_train, y_train, x_test, y_test). Not needed for digits."),
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="For a factory: cifar10, mnist, digits, or an npz file. Floating point arrays are passed on as they are, "
+        "integer images are scaled to [0, 1].",
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 140))
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """One line on standard error and an exit code in place of a traceback."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        bad_usage = isinstance(error, ValueError | FileNotFoundError)
+        text = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"unified-approx: {text if bad_usage else f'{type(error).__name__}: {text}'}", err=True)
+        raise typer.Exit(BAD_USAGE if bad_usage else FAILED) from error
+
+
+def _command_line(context: typer.Context) -> str:
+    """The command as it could be typed again."""
+    words = ["unified-approx", str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value not in (None, False, (), []) and value != parameter.default:
+            values = value if isinstance(value, list | tuple) else [value]
+            for item in values:
+                words += [parameter.opts[0]] if item is True else [parameter.opts[0], str(item)]
+    return " ".join(words)
+
+
+def _check_outputs(**outputs: Path | None) -> None:
+    """Files are written at the end of a long run: find out now if they cannot be."""
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"--{name}: {path} is a folder; give the name of a file")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ValueError(f"--{name}: {path.parent} is not a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the compressed network.")] = Path(
+        "unified-approx-demo"
+    ),
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Compress a small network that comes with the package; tables and pictures in under 90 seconds."""
+    start = time.perf_counter()
+    with _errors(debug):
+        _check_outputs(json=json_file)
+        from unified_approx.demo import run
+
+        run(out, json_file, console=_console(), command=_command_line(context), started=start)
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    network: Network,
+    weights: Weights = None,
+    data: Data = None,
+    dataset: DataName = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Fraction of the parameters that each layer keeps.  [default: params=0.5]")
+    ] = None,
+    lambda_sparse: Annotated[
+        float | None,
+        typer.Option(help="In place of a budget: weight of the sparse part, a fraction of its max."),
+    ] = None,
+    lambda_rank: Annotated[
+        float | None, typer.Option(help="In place of a budget: weight of the low-rank part, a fraction of its max.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="What the sparse part keeps whole: column or channel.")] = "column",
+    form: Annotated[
+        str, typer.Option(help="best, columns, low_rank, sum, two_level, spatial or admm (the paper's method).")
+    ] = "best",
+    m_step: Annotated[str, typer.Option(help="M step of the ADMM: mm (no learning rate) or sgd (the paper's).")] = "mm",
+    calibration: Annotated[int, typer.Option(help="Training images to calibrate on.")] = 2000,
+    rows: Annotated[int | None, typer.Option(help="Sampled output positions per layer.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the images and positions that are drawn.")] = 0,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Leave these layers as they are; may be repeated. Every layer is compressed unless this says "
+            "otherwise; to keep the first and the last layer (--keep conv1 --keep fc) is usual.",
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for solved layers: a killed run resumes at the next layer.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Save the compressed network here (safetensors).")] = None,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Compress a trained network layer by layer, without training."""
+    start = time.perf_counter()
+    with _errors(debug):
+        _check_outputs(out=out, json=json_file)
+        settings = _settings(budget, lambda_sparse, lambda_rank, keep)
+        options = _options(form, group, m_step)
+        from unified_approx import comparison, pipeline, resolve
+
+        model = resolve.load_network(network, weights)
+        images = resolve.load_images(network, data, dataset)
+        examples = resolve.calibration_images(images.x_train, calibration, seed)
+        console = _console()
+        if dry_run:
+            _show_plan(console, pipeline.plan(model, examples, rows=rows, **settings))
+            return
+        result = pipeline.compress(
+            model, examples, options=options, rows=rows, seed=seed, work_dir=work_dir, **settings
+        )
+        result = comparison.with_fastest_executions(result, images.x_test)
+        row = comparison.compare(
+            network, model, result, images.x_test, images.y_test, out=out, form=form, group=group, m_step=m_step
+        )
+        _show_result(console, result, row)
+        if json_file is not None:
+            _write(context, json_file, row, start, seed, result)
+        if result.budget_met is False:
+            typer.echo(f"unified-approx: the budget {result.report.budget} was not met", err=True)
+            raise typer.Exit(BUDGET_NOT_MET)
+
+
+def _settings(
+    budget: str | None, lambda_sparse: float | None, lambda_rank: float | None, keep: list[str] | None
+) -> dict[str, Any]:
+    from unified_approx.budget import Budget
+    from unified_approx.rules import Rule
+
+    if budget is None and lambda_sparse is None and lambda_rank is None:
+        budget = "params=0.5"
+    return {
+        "budget": None if budget is None else Budget.parse(budget),
+        "lambda_sparse": lambda_sparse,
+        "lambda_rank": lambda_rank,
+        "rules": [Rule(path=pattern, keep=True) for pattern in keep or ()],
+    }
+
+
+def _options(form: str, group: str, m_step: str) -> Any:
+    from dataclasses import replace
+
+    from solvers.layer import LayerOptions
+    from solvers.m_step import MajorizeMinimize
+    from solvers.sgd import Sgd
+
+    m_steps = {"mm": MajorizeMinimize, "sgd": Sgd}
+    if m_step not in m_steps:
+        raise ValueError(f"--m-step: {m_step!r} is unknown; choose {' or '.join(m_steps)}")
+    options = LayerOptions(form=form, group=group)
+    return replace(options, admm=replace(options.admm, m_step=m_steps[m_step]()))
+
+
+def _show_plan(console: Console, plan: "Plan") -> None:
+    table = Table(title="what would be compressed")
+    for heading in ("layer", "n × p", "values now", "values asked for", "least possible", "rows"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in plan.layers:
+        n, p = row["shape"]
+        asked = "by penalties" if row["values"] is None else f"{row['values']:,.0f}"
+        table.add_row(row["name"], f"{n} × {p}", f"{n * p:,}", asked, f"{row['minimum']:,.0f}", f"{row['rows']:,}")
+    console.print(table)
+    if plan.kept:
+        console.print(f"kept by rule: {', '.join(plan.kept)}")
+    for name, reason in plan.skipped:
+        console.print(f"skipped: {name}: {reason}")
+    console.print(
+        f"smallest reachable budget params={plan.minimum_params:.4f}; about {plan.memory_mb:,.0f} MB and "
+        f"{plan.seconds:,.0f} s"
+    )
+
+
+def _show_result(console: Console, result: "Result", row: dict[str, Any]) -> None:
+    from unified_approx.comparison import comparison_table, speed_sentence
+
+    console.print(result.report.table())
+    console.print(comparison_table(row, result))
+    console.print(speed_sentence(row))
+    for warning in result.report.warnings:
+        console.print(f"warning: {warning}")
+
+
+def _write(context: typer.Context, path: Path, row: dict[str, Any], start: float, seed: int, result: "Result") -> None:
+    from unified_approx.comparison import layer_rows
+    from unified_approx.results import write_results
+
+    write_results(
+        path,
+        _command_line(context),
+        [row],
+        seconds=time.perf_counter() - start,
+        seed=seed,
+        repeat_row=True,
+        layers=layer_rows(result),
+        budget_met=result.budget_met,
+    )
+
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A network that compress --out or ua.save wrote.")]
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    file: File,
+    data: Data = None,
+    dataset: DataName = None,
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="NETWORK", help="The original network, for files that do not hold one of the zoo."),
+    ] = None,
+    json_file: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Accuracy of a saved network on the test images."""
+    start = time.perf_counter()
+    with _errors(debug):
+        _check_outputs(json=json_file)
+        from unified_approx import resolve, storage
+        from unified_approx.evaluate import accuracy
+
+        header = storage.read_header(file)
+        name = like or (header["network"] or {}).get("name")
+        if name is None:
+            raise ValueError(f"--like: {file} holds no network of the zoo; give --like package.module:factory")
+        model = storage.load(file, like=None if like is None else resolve.blank_network(like))
+        model.eval()
+        images = resolve.load_images(name, data, dataset)
+        reached = accuracy(model, images.x_test, images.y_test)
+        _console().print(f"{file}: {name}, accuracy {reached:.2f} % on {len(images.y_test):,} test images")
+        if json_file is not None:
+            from unified_approx.results import saved_network_row, write_results
+
+            row = saved_network_row(name, reached, file.stat().st_size, header["report"])
+            seconds = time.perf_counter() - start
+            write_results(json_file, _command_line(context), [row], seconds=seconds, seed=0, repeat_row=True)
+
+
+@app.command()
+def info(file: File, debug: Debug = False) -> None:
+    """What a saved network is made of. Reads the header only: `evaluate` also checks the arrays."""
+    with _errors(debug):
+        from unified_approx.storage import read_header
+
+        header, console = read_header(file), _console()
+        network = header["network"]
+        console.print(f"{file}: {file.stat().st_size:,} bytes, format {header['format']}")
+        console.print(f"network: {network['name'] if network else 'not of the zoo (load it with like=)'}")
+        console.print(f"written with {', '.join(f'{k} {v}' for k, v in header.get('versions', {}).items())}")
+        report = header["report"]
+        if report is not None:
+            met = {True: "met", False: "not met", None: "penalties"}[report["budget_met"]]
+            console.print(
+                f"{report['budget']} ({met}): parameters ÷ {report['params_ratio']:.2f}, bits ÷ {report['cr']:.2f}, "
+                f"multiply-adds ÷ {report['macs_ratio']:.2f}"
+            )
+        console.print(_modules_table(header["modules"], report))
+
+
+def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> Table:
+    rows = {row["name"]: row for row in (report or {}).get("layers", ())}
+    table = Table(title="replaced modules")
+    for heading in ("module", "kind", "terms", "execution", "form", "columns", "rank", "params", "error held out"):
+        table.add_column(heading, justify="right" if heading in ("columns", "rank", "params") else "left")
+    for module in modules:
+        path = "/".join(map(str, module["homes"][0]))
+        spec, row = module.get("spec", {}), rows.get(path)
+        terms = " + ".join(term["kind"] for term in spec.get("terms", ()))
+        figures = ("", "", "", "", "")
+        if row is not None:
+            share, error = row["params"] / row["original_params"], row["error_after_held_out"]
+            figures = (row["form"], str(row["kept_columns"]), str(row["rank"]), f"{share:.0%}", f"{error:.4f}")
+        table.add_row(path, module["kind"], terms, spec.get("execution", ""), *figures)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit the process with its code."""
+    app(args=None if argv is None else list(argv))

@@ -1,0 +1,151 @@
+"""The original and the compressed network side by side: accuracy, size, multiply-adds, measured time."""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float32, Int
+from rich.table import Table
+
+from unified_approx.cost import choose_executions, fastest_dense, measure_latency
+from unified_approx.evaluate import accuracy
+from unified_approx.pipeline import Result
+from unified_approx.results import network_row
+from unified_approx.storage import save
+
+BATCH = 64  # of the quoted speed-up, and what execution forms are chosen for
+
+
+def _batch(x: Float32[np.ndarray, "n ..."], size: int) -> jnp.ndarray:
+    """The first `size` images, repeated if there are fewer."""
+    return jnp.asarray(np.resize(x[:size], (size, *x.shape[1:])))
+
+
+def with_fastest_executions(result: Result, x: Float32[np.ndarray, "n ..."], rounds: int = 10) -> Result:
+    """The same result, each layer in the form that is fastest here on batches of 64."""
+    model, _ = choose_executions(result.model, _batch(x, BATCH), rounds=rounds)
+    return replace(result, model=model)
+
+
+def latencies(
+    original: nnx.Module, compressed: nnx.Module, x: Float32[np.ndarray, "n ..."], rounds: int = 20
+) -> dict[str, float]:
+    """Milliseconds per batch, medians of interleaved runs (A B A B): the original in its fastest dense form.
+
+    Args:
+        original: network.
+        compressed: network.
+        x: images.
+        rounds: runs of each.
+
+    Returns:
+        `original_ms`, `compressed_ms` at batch 64, `original_ms_batch1`, `compressed_ms_batch1` at batch 1.
+    """
+    found = {}
+    for size, suffix in ((BATCH, ""), (1, "_batch1")):
+        batch = _batch(x, size)
+        dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
+        seconds = measure_latency({"original": dense, "compressed": compressed}, batch, rounds=rounds)
+        found |= {f"{name}_ms{suffix}": 1e3 * value for name, value in seconds.items()}
+    return found
+
+
+def file_sizes(original: nnx.Module, result: Result, out: Path | None) -> tuple[int, int]:
+    """Bytes of the files of both networks, written in the same format; the compressed one's stays at `out`."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = save(Path(folder) / "original.safetensors", original)
+        after = result.save(Path(folder) / "compressed.safetensors" if out is None else out)
+    return before, after
+
+
+def compare(
+    network: str,
+    original: nnx.Module,
+    result: Result,
+    x_test: Float32[np.ndarray, "n ..."],
+    y_test: Int[np.ndarray, " n"],
+    *,
+    out: Path | None = None,
+    rounds: int = 20,
+    **more: Any,
+) -> dict[str, Any]:
+    """Both networks on the same images in the same process, as a row of results.
+
+    Args:
+        network: its name.
+        original: the network that was compressed.
+        result: of the compression.
+        x_test: images.
+        y_test: labels.
+        out: where to save the compressed network; it is saved to measure its size in any case.
+        rounds: timed runs of each network.
+        **more: further fields of the row.
+    """
+    reference = accuracy(original, x_test, y_test)
+    reached = accuracy(result.model, x_test, y_test)
+    before, after = file_sizes(original, result, out)
+    times = latencies(original, result.model, x_test, rounds)
+    report = result.report
+    return network_row(
+        network=network,
+        method="admm",
+        budget=report.budget,
+        reference_accuracy=reference,
+        accuracy=reached,
+        params_ratio=report.params_ratio,
+        cr=report.cr,
+        macs_ratio=report.macs_ratio,
+        bytes_ratio=before / after,
+        file_bytes=after,
+        speedup=times["original_ms"] / times["compressed_ms"],
+        speedup_batch1=times["original_ms_batch1"] / times["compressed_ms_batch1"],
+        **{**times, "original_file_bytes": before, **more},
+    )
+
+
+def layer_rows(result: Result) -> list[dict[str, Any]]:
+    """The report's rows, JSON-able."""
+    return [asdict(row) for row in result.report.layers]
+
+
+def comparison_table(row: dict[str, Any], result: Result) -> Table:
+    """For a terminal."""
+    report = result.report
+    table = Table(title=f"{row['network']}, {row['budget']}")
+    for heading in ("", "original", "compressed", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(
+        "accuracy on the test images (%)",
+        f"{row['reference_accuracy']:.2f}",
+        f"{row['accuracy']:.2f}",
+        f"{-row['drop']:+.2f} points",
+    )
+    for label, before, after, ratio in (
+        ("stored values", report.original_params, report.params, row["params_ratio"]),
+        ("stored bits, indices included", report.original_bits, report.bits, row["cr"]),
+        ("multiply-adds per image", report.original_macs, report.macs, row["macs_ratio"]),
+        ("bytes of the file", row["original_file_bytes"], row["file_bytes"], row["bytes_ratio"]),
+    ):
+        table.add_row(label, f"{before:,}", f"{after:,}", f"÷ {ratio:.2f}")
+    for size, suffix in ((BATCH, ""), (1, "_batch1")):
+        before, after = row[f"original_ms{suffix}"], row[f"compressed_ms{suffix}"]
+        table.add_row(f"ms per batch of {size}", f"{before:.2f}", f"{after:.2f}", f"÷ {before / after:.2f}")
+    return table
+
+
+def speed_sentence(row: dict[str, Any]) -> str:
+    """What the clock says, in words."""
+
+    def said(ratio: float) -> str:
+        if 0.95 <= ratio <= 1.05:
+            return f"as fast as the original (÷ {ratio:.2f})"
+        return f"{ratio:.2f} times as fast" if ratio > 1 else f"slower ({ratio:.2f} times the original's speed)"
+
+    return (
+        f"Measured against the original in its fastest dense form: at batch 64 {said(row['speedup'])}, "
+        f"at batch 1 {said(row['speedup_batch1'])}."
+    )
