@@ -19,7 +19,7 @@ from solvers.activation import IDENTITY, RELU, Activation
 from solvers.admm import AdmmSolution, init, prepare, solve, step, to_solution
 from solvers.admm_state import AdmmOptions, AdmmState, Prepared, Status
 from solvers.m_step import MajorizeMinimize
-from solvers.penalties import Penalized, lambda_max, penalized_fractions
+from solvers.penalties import Penalized, penalized_fractions
 from solvers.reconstruction import LayerProblem
 from solvers.sgd import Sgd
 
@@ -72,10 +72,14 @@ def convex_optimum(problem: LayerProblem, penalty: Penalized) -> float:
     a, b = cp.Variable(shape), cp.Variable(shape)
     fit = cp.sum_squares(y - bias - x @ (a + b).T) / (2 * np.sum(y * y))
     groups = cp.sum(cp.norm(a, 2, axis=0))
-    objective = fit + float(penalty.lambda_sparse) * groups + float(penalty.lambda_rank) * cp.normNuc(b)
+    objective = fit + np.asarray(penalty.lambda_sparse) * groups + np.asarray(penalty.lambda_rank) * cp.normNuc(b)
     program = cp.Problem(cp.Minimize(objective))
     program.solve(solver=cp.CLARABEL, tol_gap_abs=1e-9, tol_gap_rel=1e-9, tol_feas=1e-9)
-    return float(program.value)
+    return float(np.asarray(program.value))
+
+
+def _with_fractions(problem: LayerProblem, fractions: np.ndarray) -> Penalized:
+    return penalized_fractions(problem, jnp.asarray(fractions[0]), jnp.asarray(fractions[1]))
 
 
 def _convex_cases(num_problems: int, seed: int) -> Iterator[tuple[LayerProblem, Penalized, int]]:
@@ -83,7 +87,7 @@ def _convex_cases(num_problems: int, seed: int) -> Iterator[tuple[LayerProblem, 
     fractions = np.random.default_rng(seed).uniform(0.03, 0.4, size=(num_problems, 2))
     for i in range(num_problems):
         problem, _ = random_problem(seed + i, *shapes[i % len(shapes)], IDENTITY)
-        yield problem, penalized_fractions(problem, *map(jnp.asarray, fractions[i])), seed + i
+        yield problem, _with_fractions(problem, fractions[i]), seed + i
 
 
 def convex_optimality(num_problems: int = 30, seed: int = 0, taus: tuple[float, ...] = DECADES) -> list[Row]:
@@ -130,7 +134,7 @@ def relu_optimality(num_problems: int = 10, seed: int = 0) -> list[Row]:
         fractions = np.random.default_rng(seed).uniform(0.02, 0.2, size=(num_problems, 2))
         for i in range(num_problems):
             problem, w = random_problem(seed + i, 120, 16, 8, RELU)
-            penalty = penalized_fractions(problem, *map(jnp.asarray, fractions[i]))
+            penalty = _with_fractions(problem, fractions[i])
             solution = solve(problem, penalty, options=default)
             starts = (None, jnp.asarray(w))
             found = [float(solve(problem, penalty, options=o, start=s).objective) for o in rivals for s in starts]
@@ -197,7 +201,7 @@ def matmul_gflops(x: Float[Array, "d p"], n: int) -> float:
         clock = perf_counter()
         jax.block_until_ready(product(x, m))
         times.append(perf_counter() - clock)
-    return 2 * x.shape[0] * x.shape[1] * n / np.median(times) / 1e9
+    return float(2 * x.shape[0] * x.shape[1] * n / np.median(times) / 1e9)
 
 
 def step_gflops(problem: LayerProblem, found: Trace, check_every: int) -> float:
@@ -262,12 +266,10 @@ def m_step_race(
         raise ValueError("w=None: pass the layer's matrix (n, p) with the problem")
     options = options or AdmmOptions(check_every=5, max_steps=2000)
     start = jnp.asarray(w)
-    penalty = Penalized(*(fraction * v for v in lambda_max(problem)))
+    penalty = penalized_fractions(problem, fraction, fraction)
     mm = trace(problem, penalty, replace(options, m_step=MajorizeMinimize()), start, seconds_cap)
     settings = [Sgd(learning_rate=r, steps=s) for r in LEARNING_RATES for s in BATCHES_PER_M_STEP]
-    rivals = [
-        trace(problem, penalty, replace(options, m_step=s), start, seconds_cap / len(settings)) for s in settings
-    ]
+    rivals = [trace(problem, penalty, replace(options, m_step=s), start, seconds_cap / len(settings)) for s in settings]
     within = 1.01 * min(t.objectives[-1] for t in (mm, *rivals))
     speed = {
         "step_gflops": step_gflops(problem, mm, options.check_every),

@@ -104,12 +104,16 @@ def summary(target: Target, runs: list[dict[str, Any]]) -> dict[str, Any]:
     def mean(name: str) -> float:
         return statistics.fmean(run[name] for run in runs)
 
-    names = ("reference_accuracy", "accuracy", "params_ratio", "cr", "macs_ratio", "bytes_ratio")
     return network_row(
         network=target.network,
         method="admm",
         budget=f"params={1 / target.ratio:.4g}",
-        **{name: mean(name) for name in names},
+        reference_accuracy=mean("reference_accuracy"),
+        accuracy=mean("accuracy"),
+        params_ratio=mean("params_ratio"),
+        cr=mean("cr"),
+        macs_ratio=mean("macs_ratio"),
+        bytes_ratio=mean("bytes_ratio"),
         file_bytes=round(mean("file_bytes")),
         std=statistics.stdev([run["accuracy"] for run in runs]) if len(runs) > 1 else 0.0,
         seeds=len(runs),

@@ -35,7 +35,7 @@ from solvers.admm_state import (
     StepInfo,
 )
 from solvers.penalties import Penalty, Proximal
-from solvers.penalty_parameter import Progress, mean_curvature
+from solvers.penalty_parameter import STALL_STEPS, Progress, mean_curvature
 from solvers.reconstruction import LayerProblem, is_concrete, loss, scale_features, validate
 
 _FLOOR = 1e-3  # of the natural size of m and of the multiplier, in the denominators of relative residuals
@@ -129,13 +129,22 @@ def _judge(problem: LayerProblem, s: AdmmState) -> AdmmState:
     return s._replace(objective=objective, best=jax.tree.map(partial(jnp.where, better), best, s.best))
 
 
+def _is_stalled(s: AdmmState) -> Array:
+    """Whether the larger residual fell by less than a fifth in the last `STALL_STEPS` steps."""
+    then = jnp.maximum(s.num_steps - 1 - STALL_STEPS, 0)
+    residual = jnp.maximum(s.history.primal_residual[then], s.history.dual_residual[then])
+    now = jnp.maximum(s.primal_residual, s.dual_residual)
+    return (s.num_steps > STALL_STEPS) & (now > 0.8 * residual)
+
+
 def _adapt(penalty: Penalty, options: AdmmOptions, s: AdmmState) -> AdmmState:
     """Lets the rule move t. The multiplier is unscaled and stays."""
     rule = penalty.default_rule if options.rule is None else options.rule
     looks = (s.num_steps % rule.every == 0) & (s.num_changes < rule.max_changes)
     count = jnp.maximum(jnp.sum(s.sparse.kept), 1).astype(s.t.dtype)
     changed = jnp.sum(s.sparse.kept != s.reference_kept).astype(s.t.dtype) / (2 * count)
-    factor = jnp.where(looks, rule.factor(Progress(s.primal_residual, s.dual_residual, changed)), 1)
+    progress = Progress(s.primal_residual, s.dual_residual, changed, s.num_steps, _is_stalled(s))
+    factor = jnp.where(looks, rule.factor(progress), 1)
     return s._replace(
         t=s.t * factor,
         num_changes=s.num_changes + (factor != 1).astype(jnp.int32),

@@ -60,8 +60,9 @@ class AdmmOptions:
 
     Attributes:
         m_step: solver of the M step.
-        splitting: "three_block" (the paper's: a, b, m in turn) or "two_block" ((a, b) together, then m = m1 + m2 with
-            a = m1, b = m2; without an activation it converges for every t > 0).
+        splitting: "three_block" (the paper's: a, b, m in turn; fewer steps wherever it was measured) or "two_block"
+            ((a, b) together, then m = m1 + m2 with a = m1, b = m2; proved to converge for every t > 0 where the
+            problem is convex).
         over_relaxation: in (0, 2); 1 is plain ADMM.
         tau: where t starts, in units of tr(x'x) / (p ||y||^2); None takes the penalty's default.
         rule: how t moves; None takes the penalty's default.
@@ -75,7 +76,7 @@ class AdmmOptions:
     """
 
     m_step: MStep = field(default_factory=MajorizeMinimize)
-    splitting: Literal["three_block", "two_block"] = "two_block"
+    splitting: Literal["three_block", "two_block"] = "three_block"
     over_relaxation: float = 1.0
     tau: float | None = None
     rule: PenaltyRule | None = None
@@ -113,11 +114,11 @@ class History:
         rank: of b.
     """
 
-    objective: Float[Array, "*batch max_steps"]
-    primal_residual: Float[Array, "*batch max_steps"]
-    dual_residual: Float[Array, "*batch max_steps"]
-    num_kept: Float[Array, "*batch max_steps"]
-    rank: Float[Array, "*batch max_steps"]
+    objective: Float[Array, "..."]
+    primal_residual: Float[Array, "..."]
+    dual_residual: Float[Array, "..."]
+    num_kept: Float[Array, "..."]
+    rank: Float[Array, "..."]
 
     @classmethod
     def empty(cls, max_steps: int, dtype: Any) -> "History":

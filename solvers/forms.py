@@ -8,16 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, log2, sqrt
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from solvers.extract import extract_spatial, extract_two_level
 
 from solvers import columns, spatial, two_level
+from solvers.extract import extract_spatial, extract_two_level
 from solvers.gram import GramStatistics
 from solvers.reconstruction import LayerProblem
 from solvers.structure import Structure, column_structure, feature_structure
 from solvers.terms import MatrixShape, Term
+
+# Selection is dominated by LAPACK calls and products; compiling its many small loops costs more than they ever run.
+_QUICK = {"xla_backend_optimization_level": 0}
+_select_columns = jax.jit(lambda gram, w, k: columns.select(gram, w, k), compiler_options=_QUICK)
+_select_groups = jax.jit(lambda gram, w, k, ids: columns.select_groups(gram, w, k, ids), compiler_options=_QUICK)
+_select_two_level = jax.jit(two_level.select, static_argnames=("gauge", "options"), compiler_options=_QUICK)
+_select_sum = jax.jit(two_level.select_sum, static_argnames=("gauge", "options"), compiler_options=_QUICK)
+_select_spatial = jax.jit(spatial.select, static_argnames=("window", "gauge", "options"), compiler_options=_QUICK)
+
+_SPATIAL_FRACTIONS = (0.4, 0.7, 0.85, 1.0)  # of the largest rank that the budget pays for
 
 Extract = Callable[[np.ndarray], tuple[Term, ...]]
 
@@ -95,9 +106,9 @@ def column_form(context: Context) -> Candidate | None:
     if k < 1:
         return None
     if members == 1:
-        free = columns.select(context.stats.gram, context.w, k)
+        free = _select_columns(context.stats.gram, context.w, k)
     else:
-        free = columns.select_groups(context.stats.gram, context.w, k, np.arange(p) % context.shape.c_in)
+        free = _select_groups(context.stats.gram, context.w, k, jnp.arange(p) % context.shape.c_in)
     return two_level_candidate(context, free, jnp.zeros(p, bool), 0)
 
 
@@ -110,46 +121,65 @@ def low_rank_form(context: Context) -> Candidate | None:
     return two_level_candidate(context, jnp.zeros(p, bool), jnp.ones(p, bool), rank)
 
 
-def _rank_grid(context: Context) -> np.ndarray:
-    n = context.shape.n
+def _rank_grid(context: Context) -> list[int]:
+    n = min(context.shape.n, context.shape.p)
     fractions = (1 / 4, 7 / 16, 5 / 8) if context.gauge else (1 / 8, 1 / 4, 3 / 8)
-    return np.unique([max(1, round(n * f)) for f in fractions]).astype(np.int32)
+    return sorted({max(1, round(n * f)) for f in fractions})
+
+
+def _two_level_budget(context: Context, rank: int) -> int:
+    """What is left for values beside two sets of column indices and the pivots; 0 if not even one column fits."""
+    left = int(context.budget - 2 * context.index_cost - rank * context.pivot_cost)
+    return left if left >= context.shape.n else 0
 
 
 def two_level_form(context: Context) -> Candidate | None:
-    """a on S1, u v on S2 minus S1, by constraint ADMM on the Gram matrix and by the greedy path."""
+    """a on S1, u v on S2 minus S1, by constraint ADMM on the Gram matrix; the best of a few ranks."""
     if context.group == "channel":
         return None
-    ranks = _rank_grid(context)
-    budget = context.budget - 2 * context.index_cost - ranks.max() * context.pivot_cost
-    if budget < context.shape.n:
+    options = two_level.options_for(context.shape.p)
+    found = [
+        _select_two_level(context.stats, context.w, budget, rank, gauge=context.gauge, options=options)
+        for rank in _rank_grid(context)
+        if (budget := _two_level_budget(context, rank))
+    ]
+    if not found:
         return None
-    found = two_level.best(context.stats, context.w, budget, ranks, gauge=context.gauge)
-    return two_level_candidate(context, found.free, found.tail, int(found.rank))
+    best = min(found, key=lambda form: float(form.error))
+    return two_level_candidate(context, best.free, best.tail, int(best.rank))
 
 
 def sum_form(context: Context) -> Candidate | None:
     """The paper's sum with v on every column outside S1, chosen on the Gram matrix."""
-    if context.group == "channel":
+    ranks = np.asarray(_rank_grid(context), np.int32)
+    budget = _two_level_budget(context, int(ranks.max()))
+    if context.group == "channel" or not budget:
         return None
-    ranks = _rank_grid(context)
-    budget = context.budget - 2 * context.index_cost - ranks.max() * context.pivot_cost
-    if budget < context.shape.n:
-        return None
-    found = two_level.select_sum(context.stats, context.w, budget, ranks, gauge=context.gauge)
+    found = _select_sum(context.stats, context.w, budget, ranks, gauge=context.gauge)
     return two_level_candidate(context, found.free, found.tail, int(found.rank))
 
 
 def spatial_form(context: Context) -> Candidate | None:
-    """Spatial low rank + columns, for kernels with more than one row."""
-    window, c_in = context.shape.window, context.shape.c_in
+    """Spatial low rank + columns, for kernels with more than one row; the best of a few ranks."""
+    n, p, window, c_in = context.shape.n, context.shape.p, context.shape.window, context.shape.c_in
     if len(window) != 2 or window[0] < 2 or context.group == "channel":
         return None
-    budget = context.budget - context.index_cost
-    found = spatial.best(context.stats, context.w, window, budget, gauge=context.gauge)
-    rows, kept = spatial.features(found.first, found.rank, found.columns, window, c_in)
+    budget = int(context.budget - context.index_cost)
+    bound = int(spatial.rank_grid(n, p, window, budget, gauge=context.gauge, fractions=(1.0,))[0])
+    budget -= ceil(bound * ceil(log2(window[1] * c_in)) / 32) if context.gauge else 0
+    ranks = spatial.rank_grid(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
+    options = spatial.SpatialOptions()
+    found = [
+        _select_spatial(context.stats, context.w, window, budget, rank, gauge=context.gauge, options=options)
+        for rank in np.unique(np.asarray(ranks))
+        if rank > 0
+    ]
+    if not found:
+        return None
+    best = min(found, key=lambda form: float(form.error))
+    rows, kept = spatial.features(best.first, best.rank, best.columns, window, c_in)
     structure = feature_structure(context.stats.gram, rows, kept)
-    first, rank, mask = np.asarray(found.first), int(found.rank), np.asarray(found.columns)
+    first, rank, mask = np.asarray(best.first), int(best.rank), np.asarray(best.columns)
     return Candidate(structure, lambda m: extract_spatial(m, first, rank, mask, window, c_in, gauge=context.gauge))
 
 

@@ -6,7 +6,8 @@ refit always takes part.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ from solvers.forms import FORMS, Candidate, Context
 from solvers.gram import GramStatistics, best_bias, gram_statistics, least_squares, linear_error, with_ridge
 from solvers.reconstruction import LayerProblem, relative_error
 from solvers.refine import RefineOptions, blend_for, refine
-from solvers.structure import fit
-from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term
+from solvers.structure import Structure, fit
+from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term, total_matrix
 
 FORM_NAMES = (*FORMS, "admm")
+_TRIED = tuple(name for name in FORM_NAMES if name != "sum")  # two-level contains the sum, and has beaten it so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class LayerFit:
 
     def matrix(self, shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
         """The sum of the terms."""
-        return np.sum([term.matrix(shape) for term in self.terms], axis=0, dtype=np.float32)
+        return total_matrix(self.terms, shape)
 
 
 def minimum_budget(shape: MatrixShape) -> float:
@@ -125,8 +127,28 @@ def minimum_budget(shape: MatrixShape) -> float:
     return min(shape.n + 3 * shape.p / 32, shape.n + shape.p + 1)
 
 
-def _with_unit_weights(problem: LayerProblem, w: Array) -> Array:
-    return w if problem.weights is None else w / jnp.sqrt(problem.weights)[:, None]
+@jax.jit
+def _refit(structure: Structure, stats: GramStatistics, weights: Array | None) -> tuple[Array, Array]:
+    """Matrix and bias of least squared error, in float32; outputs of `stats` are scaled by sqrt(weights)."""
+    m = fit(structure, stats.cross)
+    bias = best_bias(stats, m)
+    if weights is not None:
+        scale = jnp.sqrt(weights).astype(m.dtype)
+        m, bias = m / scale[:, None], bias / scale
+    return m.astype(jnp.float32), bias.astype(jnp.float32)
+
+
+def _held_linear(problem: LayerProblem, stats: GramStatistics, matrix: Array) -> Float[Array, ""]:
+    scaled = matrix if problem.weights is None else matrix * jnp.sqrt(problem.weights)[:, None]
+    return linear_error(stats, scaled)
+
+
+@jax.jit
+def _measure_rows(
+    problem: LayerProblem, stats: GramStatistics, matrix: Array, bias: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Relative squared errors before and after the activation."""
+    return _held_linear(problem, stats, matrix), relative_error(problem, matrix, bias)
 
 
 @dataclass
@@ -182,12 +204,9 @@ class _Solver:
     def trial(self, candidate: Candidate) -> _Trial:
         """Fit a candidate in closed form and measure it on held-out rows."""
         with jax.enable_x64(self.wide):
-            m = _with_unit_weights(self.problem, fit(candidate.structure, self.stats.cross))
-            mean = replace(self.stats, target_mean=_unscaled_mean(self.problem, self.stats))
-            bias = best_bias(mean, m)
-            matrix, bias = jnp.asarray(m, jnp.float32), jnp.asarray(bias, jnp.float32)
-        linear = float(_held_linear(self.held_out, self.held_stats, matrix))
-        return _Trial(candidate, matrix, bias, linear, float(relative_error(self.held_out, matrix, bias)))
+            matrix, bias = _refit(candidate.structure, self.stats, self.problem.weights)
+        linear, error = _measure_rows(self.held_out, self.held_stats, matrix, bias)
+        return _Trial(candidate, matrix, bias, float(linear), float(error))
 
     def refine(self, trial: _Trial) -> None:
         """Refine after the activation in place; the start is kept if nothing is better."""
@@ -205,26 +224,20 @@ class _Solver:
         trial.matrix, trial.bias, trial.steps = done.matrix, done.bias, int(done.best_step)
 
 
-def _unscaled_mean(problem: LayerProblem, stats: GramStatistics) -> Array:
-    return stats.target_mean if problem.weights is None else stats.target_mean / jnp.sqrt(problem.weights)
-
-
-def _held_linear(problem: LayerProblem, stats: GramStatistics, matrix: Array) -> Float[Array, ""]:
-    scaled = matrix if problem.weights is None else matrix * jnp.sqrt(problem.weights)[:, None]
-    return linear_error(stats, scaled)
-
-
 def _propose(solver: _Solver, budget: float) -> dict[str, Candidate]:
     """Every wanted form's candidate; forms that cannot fit the budget or the kernel are absent."""
-    wanted = FORM_NAMES if solver.options.form == "best" else (solver.options.form,)
+    wanted = _TRIED if solver.options.form == "best" else (solver.options.form,)
     context = solver.context(budget)
-    found: dict[str, Candidate | None] = {}
-    with jax.enable_x64(solver.wide):
-        for name in wanted:
-            if name in FORMS:
-                found[name] = FORMS[name](context)
-    if "admm" in wanted:
-        found["admm"] = admm_candidate(context, solver.options.admm)
+
+    def propose(name: str) -> Candidate | None:
+        if name == "admm":
+            return admm_candidate(context, solver.options.admm)
+        with jax.enable_x64(solver.wide):  # a setting of the thread
+            return FORMS[name](context)
+
+    # Forms are independent, and compiling them, like most of what they do, keeps only one core busy.
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(wanted, pool.map(propose, wanted), strict=True))
     return {name: candidate for name, candidate in found.items() if candidate is not None}
 
 
@@ -254,10 +267,9 @@ def _form_result(trial: _Trial, terms: tuple[Term, ...], shape: MatrixShape) -> 
 
 
 def _errors(solver: _Solver, matrix: Array, bias: Array) -> dict[str, Any]:
-    after = [float(relative_error(p, matrix, bias)) for p in (solver.problem, solver.held_out)]
     pairs = ((solver.problem, solver.raw), (solver.held_out, solver.held_stats))
-    before = [float(_held_linear(p, s, matrix)) for p, s in pairs]
-    return {"linear_errors": tuple(before), "errors": tuple(after)}
+    both = [_measure_rows(problem, stats, matrix, bias) for problem, stats in pairs]
+    return {"linear_errors": tuple(float(b[0]) for b in both), "errors": tuple(float(b[1]) for b in both)}
 
 
 def solve(

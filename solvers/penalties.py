@@ -5,6 +5,7 @@ nothing else of it: a new penalty is a new class here (or in a user's code) with
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -87,12 +88,12 @@ class Penalized:
         """argmin_a lambda_sparse * sum_g ||a_g||_2 + t/2 ||a - v||^2."""
         a = group_soft_threshold(v, self.lambda_sparse / t, self.grouping)
         norms = self.grouping.norms(a)
-        return Proximal(a, self.lambda_sparse * jnp.sum(norms), norms > 0)
+        return Proximal(a, jnp.sum(self.lambda_sparse * norms), norms > 0)
 
     def prox_low_rank(self, v: Float[Array, "n p"], t: Float[Array, ""]) -> Proximal:
         """argmin_b lambda_rank * ||b||_* + t/2 ||b - v||^2."""
         b, sigma = singular_value_threshold(v, self.lambda_rank / t)
-        return Proximal(b, self.lambda_rank * jnp.sum(sigma), sigma > 0)
+        return Proximal(b, jnp.sum(self.lambda_rank * sigma), sigma > 0)
 
     def validate(self, shape: tuple[int, int]) -> None:
         """Raises ValueError for a weight that is negative or not finite, or a grouping that does not fit."""
@@ -159,6 +160,17 @@ class Constrained:
         return SupportGrowth()
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def _lambda_max(
+    problem: LayerProblem, grouping: Grouping, scale_columns: bool
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    scaled = scale_features(problem)[0] if scale_columns else problem
+    n, p = problem.bias.shape[0], problem.x.shape[1]
+    gradient = surrogate_gradient(scaled, jnp.zeros((n, p), problem.x.dtype))
+    _, sigma = singular_value_threshold(gradient, 0.0)
+    return jnp.max(grouping.norms(gradient)), jnp.max(sigma)
+
+
 def lambda_max(
     problem: LayerProblem, grouping: Grouping = COLUMNS, *, scale_columns: bool = False
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -173,11 +185,7 @@ def lambda_max(
         grouping: what the groups are.
         scale_columns: as in the options of the solve that will use them.
     """
-    scaled = scale_features(problem)[0] if scale_columns else problem
-    n, p = problem.bias.shape[0], problem.x.shape[1]
-    gradient = surrogate_gradient(scaled, jnp.zeros((n, p), problem.x.dtype))
-    _, sigma = singular_value_threshold(gradient, 0.0)
-    return jnp.max(grouping.norms(gradient)), jnp.max(sigma)
+    return _lambda_max(problem, grouping, scale_columns)
 
 
 def penalized_fractions(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from solvers.reconstruction import LayerProblem, sum_over_chunks, target_energy
+
+STALL_STEPS = 40  # how far back a stall is looked for
 
 
 class Progress(NamedTuple):
@@ -20,11 +22,15 @@ class Progress(NamedTuple):
         primal_residual: relative, as in the solver's state.
         dual_residual: relative, as in the solver's state.
         changed: fraction of the kept groups that differ from those at the last look.
+        num_steps: steps taken.
+        stalled: whether the larger residual fell by less than a fifth in the last `STALL_STEPS` steps.
     """
 
     primal_residual: Float[Array, ""]
     dual_residual: Float[Array, ""]
     changed: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    stalled: Bool[Array, ""]
 
 
 @runtime_checkable
@@ -48,27 +54,33 @@ class PenaltyRule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualBalancing:
-    """Keeps the two relative residuals within `ratio` of each other.
+    """Keeps the two relative residuals within `ratio` of each other at first; later raises t where they stall.
 
     Boyd et al., "Distributed optimization and statistical learning via ADMM" (2011), equation 3.13, with relative
-    residuals as in Wohlberg, "ADMM penalty parameter selection by residual balancing" (2017).
+    residuals as in Wohlberg, "ADMM penalty parameter selection by residual balancing" (2017). With a ReLU the loss is
+    not convex, and ADMM can circle for ever unless t outweighs its negative curvature, hence the second phase.
 
     Attributes:
         every: steps between two looks.
         ratio: t moves when one residual is more than this times the other.
         step: t is multiplied or divided by it.
+        balance_steps: after that many steps t no longer balances, and only grows, where the residuals stall.
         max_changes: t is frozen after that many changes.
     """
 
     every: int = 10
     ratio: float = 3.0
-    step: float = 1.5
-    max_changes: int = 40
+    step: float = 2.0
+    balance_steps: int = 100
+    max_changes: int = 30
 
     def factor(self, progress: Progress) -> Float[Array, ""]:
-        """`step` where the primal residual is too large, 1 / `step` where the dual one is."""
+        """`step` where the primal residual is too large or both circle, 1 / `step` where the dual one is too large."""
         primal, dual = progress.primal_residual, progress.dual_residual
-        up, down = primal > self.ratio * dual, dual > self.ratio * primal
+        balances = progress.num_steps < self.balance_steps
+        circles = progress.stalled & (self.ratio * primal > dual)
+        up = jnp.where(balances, primal > self.ratio * dual, circles)
+        down = balances & (dual > self.ratio * primal)
         return jnp.where(up, self.step, jnp.where(down, 1 / self.step, 1.0)).astype(primal.dtype)
 
 

@@ -27,7 +27,7 @@ class Grouping:
     axes: tuple[int, ...]
     block: int | None = None
 
-    def _view(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+    def _view(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         n, p = shape
         block = self.block or p
         if p % block:
@@ -37,14 +37,14 @@ class Grouping:
             )
         return n, p // block, block
 
-    def count(self, shape: tuple[int, int]) -> int:
+    def count(self, shape: tuple[int, ...]) -> int:
         """Number of groups of an (n, p) matrix."""
         count = 1
         for axis, size in enumerate(self._view(shape)):
             count *= 1 if axis in self.axes else size
         return count
 
-    def max_rank(self, shape: tuple[int, int]) -> int:
+    def max_rank(self, shape: tuple[int, ...]) -> int:
         """The largest rank that a matrix with a single non-zero group can have."""
         rows, positions, block = (size if axis in self.axes else 1 for axis, size in enumerate(self._view(shape)))
         return min(rows, positions * block)
@@ -55,7 +55,7 @@ class Grouping:
         return jnp.sqrt(jnp.sum(view * view, axis=self.axes)).reshape(-1)
 
     def expand(
-        self, values: Float[Array, " groups"] | Bool[Array, " groups"], shape: tuple[int, int]
+        self, values: Float[Array, " groups"] | Bool[Array, " groups"], shape: tuple[int, ...]
     ) -> Float[Array, "n p"] | Bool[Array, "n p"]:
         """An (n, p) matrix that holds, at each entry, its group's value."""
         view = self._view(shape)
@@ -104,7 +104,7 @@ def project_groups(
 
     Keeps the groups of largest norm; equal norms are kept in the order of their index. `num_kept` may be traced.
     """
-    norms = grouping.norms(v)
+    norms, num_kept = grouping.norms(v), jnp.asarray(num_kept)
     threshold = -jnp.sort(-norms)[jnp.clip(num_kept - 1, 0, norms.size - 1)]
     above = norms > threshold
     tied = norms == threshold
@@ -116,7 +116,8 @@ def _left_factors(v: Float[Array, "small large"]) -> tuple[Array, Array, Array]:
     """Left singular vectors u, u'v, and the singular values, decreasing, from the Gram matrix of the smaller side.
 
     The square roots of the Gram matrix's eigenvalues would be noise below sqrt(eps) sigma_1 (3.5e-4 sigma_1 in
-    float32). The norms of the rows of u'v are not: they are good to a few eps sigma_1.
+    float32). The norms of the rows of u'v are taken instead: below that level they mix the directions there with each
+    other, but stay of their size.
     """
     _, u = jnp.linalg.eigh(jnp.matmul(v, v.T, precision="highest"))
     u = u[:, ::-1]

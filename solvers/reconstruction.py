@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from solvers.activation import IDENTITY, RELU, Activation
@@ -23,7 +24,7 @@ CHUNK_ROWS = 4096  # temporaries of a pass over the data hold CHUNK_ROWS * n val
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerProblem:
-    """Sampled rows of one layer. d rows, p input features, n outputs.
+    """Sampled rows of one layer. d rows, p input features, n outputs. A stack for vmap has leading axes.
 
     Attributes:
         x: im2col rows, (d, p), features ordered as a Flax HWIO kernel flattens.
@@ -35,12 +36,12 @@ class LayerProblem:
         activation: r(.), static under jit.
     """
 
-    x: Float[Array, "d p"]
-    y: Float[Array, "d n"]
-    bias: Float[Array, " n"]
-    response: Float[Array, "d n"] | None = None
-    offset: Float[Array, "d n"] | None = None
-    weights: Float[Array, " n"] | None = None
+    x: Float[Array, "*batch d p"]
+    y: Float[Array, "*batch d n"]
+    bias: Float[Array, "*batch n"]
+    response: Float[Array, "*batch d n"] | None = None
+    offset: Float[Array, "*batch d n"] | None = None
+    weights: Float[Array, "*batch n"] | None = None
     activation: Activation = field(default=RELU, metadata={"static": True})
 
 
@@ -158,7 +159,7 @@ def scale_features(problem: LayerProblem) -> tuple[LayerProblem, Float[Array, " 
 
 def is_concrete(value: object) -> bool:
     """False for a value that is being traced by jit, vmap or grad, whose entries cannot be looked at."""
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def _expected_shapes(problem: LayerProblem) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class Sgd:
             m, inner = carry
             gradient = jax.grad(batch_loss)(m, batch) + t * (m - target)
             updates, inner = optimizer.update(gradient, inner, m)
-            return (m + updates, inner), None
+            return (cast(Array, optax.apply_updates(m, updates)), inner), None
 
         (m, inner), _ = lax.scan(update, (state.m, state.optimizer), rows)
         return SgdState(m, inner, key)

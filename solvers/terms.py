@@ -4,6 +4,7 @@ Terms are plain NumPy arrays of exactly the size that is stored: no masks, no pa
 to whoever rebuilds the network. A new kind of term is one class here and one layer module in the network library.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, log2, prod
 from typing import Protocol, runtime_checkable
@@ -207,6 +208,14 @@ class Spatial:
     def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Spatial":
         """Scale the second factor."""
         return Spatial(self.first, self.second * scale[:, None, None], self.pivots)
+
+
+def total_matrix(terms: Sequence[Term], shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
+    """The sum of the terms' matrices; zero without terms."""
+    out = np.zeros((shape.n, shape.p), np.float32)
+    for term in terms:
+        out += term.matrix(shape)
+    return out
 
 
 # The name of each kind of term in files.

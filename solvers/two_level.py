@@ -58,7 +58,7 @@ def rank_grid(n: int, p: int) -> Int[np.ndarray, " ranks"]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TwoLevel:
-    """What a two-level form keeps. `structure.column_structure` makes a fit of it.
+    """What a two-level form keeps; leading axes only in batches. `structure.column_structure` makes a fit of it.
 
     Attributes:
         free: S1, (p,).
@@ -67,14 +67,19 @@ class TwoLevel:
         error: relative linear error after the refit, as `gram.linear_error` measures it.
     """
 
-    free: Bool[Array, " p"]
-    tail: Bool[Array, " p"]
-    rank: Int[Array, ""]
-    error: Float[Array, ""]
+    free: Bool[Array, "*batch p"]
+    tail: Bool[Array, "*batch p"]
+    rank: Int[Array, "*batch"]
+    error: Float[Array, "*batch"]
 
 
 def cost(
-    free: Bool[Array, " p"], tail: Bool[Array, " p"], rank: Int[ArrayLike, ""], n: int, *, gauge: bool = True
+    free: Bool[Array, " p"],
+    tail: Bool[Array, " p"],
+    rank: Int[ArrayLike, ""],
+    n: int,
+    *,
+    gauge: Bool[ArrayLike, ""] = True,
 ) -> Int[Array, ""]:
     """Stored values of a two-level form: n k1 + r (k2 - k1) + r (n - r), or + r n without the gauge."""
     rank = jnp.asarray(rank).astype(int)
@@ -113,20 +118,16 @@ def _rounds(
     """`choose(u, rank, room)` -> (S1, S2), the best U for them, exchanges, and again; the best form met."""
     room = budget - basis_cost(rank, problem.n, problem.gauge)
 
-    def evaluate(masks: tuple[Array, Array], best: TwoLevel) -> tuple[Array, TwoLevel]:
+    def polish(i: Array, s: tuple) -> tuple:
+        masks, _, best = s
         u, lost = closed_form(problem, *masks, rank)
-        return u, _better(_form(problem, masks, rank, lost), best)
-
-    def polish(_: Array, s: tuple) -> tuple:
-        masks, u, best = s
-        masks = exchange(problem, u, rank, room, masks, options.max_exchanges)
-        return masks, *evaluate(masks, best)
+        best = _better(_form(problem, masks, rank, lost), best)
+        more = partial(exchange, problem, limit=options.max_exchanges)
+        return lax.cond(i < options.polish, more, lambda u, rank, room, masks: masks, u, rank, room, masks), u, best
 
     def one(_: Array, s: tuple[Array, TwoLevel]) -> tuple[Array, TwoLevel]:
         u, best = s
-        masks = choose(u, rank, room)
-        u, best = evaluate(masks, best)
-        return lax.fori_loop(0, options.polish, polish, (masks, u, best))[1:]
+        return lax.fori_loop(0, options.polish + 1, polish, (choose(u, rank, room), u, best))[1:]
 
     nothing = _nothing(problem)
     best = lax.fori_loop(0, options.rounds, one, (start, nothing))[1]
@@ -169,23 +170,24 @@ def _least(forms: TwoLevel) -> TwoLevel:
     return jax.tree.map(lambda leaf: leaf[i], forms)
 
 
-def _check(stats: GramStatistics, w: Array) -> None:
+def _checked(stats: GramStatistics, w: Array, options: TwoLevelOptions | None) -> TwoLevelOptions:
     if w.shape != stats.cross.shape:
         raise ValueError(
             f"w has the shape {w.shape}, but the statistics are of a layer of shape {stats.cross.shape}; "
             "take w = gram.least_squares(stats)."
         )
+    return options_for(w.shape[1]) if options is None else options
 
 
-@partial(jax.jit, static_argnames=("gauge", "options"))
+@partial(jax.jit, static_argnames="options")
 def select(
     stats: GramStatistics,
     w: Float[Array, "n p"],
     budget: Num[ArrayLike, ""],
     rank: Int[ArrayLike, ""],
     *,
-    gauge: bool = True,
-    options: TwoLevelOptions = DEFAULT,
+    gauge: Bool[ArrayLike, ""] = True,
+    options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
     """A two-level form of a given rank with a low F, by constraint ADMM and exchanges.
 
@@ -194,8 +196,8 @@ def select(
         w: (n, p), the matrix to approximate, `gram.least_squares(stats)`.
         budget: stored values the form may have, traced; `cost` never exceeds it.
         rank: r, traced; beyond [0, min(n, p)] it counts as the nearer end. 0 gives pure columns.
-        gauge: whether u is stored with an identity block.
-        options: schedule.
+        gauge: whether u is stored with an identity block, traced.
+        options: schedule; None takes `options_for(p)`.
 
     Returns:
         What to keep. When the budget does not even pay for u: nothing at all, with rank 0.
@@ -203,41 +205,41 @@ def select(
     Raises:
         ValueError: w and stats are of different shapes.
     """
-    _check(stats, w)
+    options = _checked(stats, w, options)
     problem = prepare(stats, w, gauge)
     return _by_admm(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options)
 
 
-@partial(jax.jit, static_argnames=("gauge", "options"))
+@partial(jax.jit, static_argnames="options")
 def select_greedy(
     stats: GramStatistics,
     w: Float[Array, "n p"],
     budget: Num[ArrayLike, ""],
     rank: Int[ArrayLike, ""],
     *,
-    gauge: bool = True,
-    options: TwoLevelOptions = DEFAULT,
+    gauge: Bool[ArrayLike, ""] = True,
+    options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
     """As `select`, with three group OBS paths in place of ADMM for every U."""
-    _check(stats, w)
+    options = _checked(stats, w, options)
     problem = prepare(stats, w, gauge, spectrum=False)
     return _by_greedy(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options)
 
 
-@partial(jax.jit, static_argnames=("gauge", "options"))
+@partial(jax.jit, static_argnames="options")
 def best(
     stats: GramStatistics,
     w: Float[Array, "n p"],
     budget: Num[ArrayLike, ""],
     ranks: Int[ArrayLike, " ranks"],
     *,
-    gauge: bool = True,
-    options: TwoLevelOptions = DEFAULT,
+    gauge: Bool[ArrayLike, ""] = True,
+    options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
     """The form of least F over several ranks, pure columns and pure low rank included.
 
-    One short round of ADMM ranks the ranks; the `options.finalists` best are solved in full, by ADMM and, if
-    `options.greedy`, by the greedy path.
+    One short round of ADMM compares the ranks; the `options.finalists` best are solved in full by ADMM and, if
+    `options.greedy`, the best of them by the greedy path too.
 
     Args:
         stats: as in `select`.
@@ -245,7 +247,7 @@ def best(
         budget: as in `select`.
         ranks: (ranks,), the ranks to try, traced (`rank_grid`).
         gauge: as in `select`.
-        options: schedule.
+        options: schedule; None takes `options_for(p)`.
 
     Returns:
         What to keep.
@@ -253,7 +255,7 @@ def best(
     Raises:
         ValueError: w and stats are of different shapes.
     """
-    _check(stats, w)
+    options = _checked(stats, w, options)
     problem = prepare(stats, w, gauge)
     budget, ranks = jnp.asarray(budget).astype(int), _clip_rank(problem, ranks)
     short = replace(options, rounds=1, polish=0, growth=options.screen_growth, max_steps=options.screen_steps)
@@ -261,22 +263,22 @@ def best(
     if finalists < len(ranks):
         errors = lax.map(lambda rank: _by_admm(problem, budget, rank, short).error, ranks)
         ranks = ranks[jnp.argsort(errors)[:finalists]]
-    solvers = (_by_admm, _by_greedy) if options.greedy else (_by_admm,)
-    form = _better(_pure_columns(problem, budget), _pure_low_rank(problem, budget))
-    for solver in solvers:
-        form = _better(_least(lax.map(partial(solver, problem, budget, options=options), ranks)), form)
+    forms = lax.map(lambda rank: _by_admm(problem, budget, rank, options), ranks)
+    form = _better(_least(forms), _better(_pure_columns(problem, budget), _pure_low_rank(problem, budget)))
+    if options.greedy:
+        form = _better(_by_greedy(problem, budget, ranks[jnp.argmin(forms.error)], options), form)
     return form
 
 
-@partial(jax.jit, static_argnames=("gauge", "options"))
+@partial(jax.jit, static_argnames="options")
 def select_sum(
     stats: GramStatistics,
     w: Float[Array, "n p"],
     budget: Num[ArrayLike, ""],
     ranks: Int[ArrayLike, " ranks"],
     *,
-    gauge: bool = True,
-    options: TwoLevelOptions = DEFAULT,
+    gauge: Bool[ArrayLike, ""] = True,
+    options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
     """The sum a + b of the paper: a on k columns, v on all the others (S2 = all), the best over `ranks`.
 
@@ -285,7 +287,7 @@ def select_sum(
 
     Arguments, result and errors as in `best`. Where a rank cannot be paid the error is that of keeping nothing.
     """
-    _check(stats, w)
+    options = _checked(stats, w, options)
     problem = prepare(stats, w, gauge, spectrum=False)
     p = w.shape[1]
     plain = replace(options, polish=0)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from solvers import columns
 from solvers.gram import GramStatistics
@@ -62,8 +63,8 @@ class TwoLevelProblem:
         vectors: its eigenvectors, one a column.
         rest: what w itself leaves of the target's energy.
         scale: the target's energy, 1 if that is 0.
-        n: outputs, which prices count.
         gauge: whether u is stored with an identity block.
+        n: outputs, which prices count.
     """
 
     gram: Float[Array, "p p"]
@@ -73,16 +74,18 @@ class TwoLevelProblem:
     vectors: Float[Array, "p p"]
     rest: Float[Array, ""]
     scale: Float[Array, ""]
+    gauge: Bool[Array, ""]
     n: int = field(metadata={"static": True})
-    gauge: bool = field(metadata={"static": True})
 
 
-def basis_cost(rank: Int[Array, "*ranks"], n: int, gauge: bool) -> Int[Array, "*ranks"]:
+def basis_cost(rank: Int[Array, "*ranks"], n: int, gauge: Bool[ArrayLike, ""]) -> Int[Array, "*ranks"]:
     """Stored values of u."""
-    return rank * (n - rank) if gauge else rank * n
+    return rank * jnp.where(gauge, n - rank, n)
 
 
-def prepare(stats: GramStatistics, w: Float[Array, "n p"], gauge: bool, spectrum: bool = True) -> TwoLevelProblem:
+def prepare(
+    stats: GramStatistics, w: Float[Array, "n p"], gauge: Bool[ArrayLike, ""], spectrum: bool = True
+) -> TwoLevelProblem:
     """The problem in the form selection works on; the eigenvectors of gram, needed by `admm` only, on demand."""
     n, p = w.shape
     gram, wide = columns.unit_diagonal(stats.gram, w)
@@ -100,7 +103,7 @@ def prepare(stats: GramStatistics, w: Float[Array, "n p"], gauge: bool, spectrum
         rest=jnp.maximum(energy - jnp.sum(cross * wide), 0),
         scale=jnp.where(energy > 0, energy, jnp.ones_like(energy)),
         n=n,
-        gauge=gauge,
+        gauge=jnp.asarray(gauge),
     )
 
 
@@ -238,8 +241,8 @@ def exchange(
     start = (*states, free, both, jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype), masks, jnp.asarray(True))
     # Each move pivots at least one of the two; neither may run out of room.
     more = lambda s: s[7] & (jnp.maximum(s[0].num, s[1].num) < limit)  # noqa: E731
-    kept = lax.while_loop(more, body, start)[6]
-    return kept[0], kept[1]
+    end: tuple = lax.while_loop(more, body, start)
+    return end[6]
 
 
 def greedy_path(

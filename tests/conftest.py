@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+# Small factorisations by OpenBLAS on several threads become a hundred times slower when another process is busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
     from unified_approx.budget import Budget
-    from unified_approx.pipeline import Plan, Result, compress, plan
+    from unified_approx.pipeline import Result, compress, plan
     from unified_approx.report import Report
     from unified_approx.rules import Rule
+    from unified_approx.run import Plan
     from unified_approx.storage import load, save
 
 # Imported on first use: the command line answers `--help` without loading JAX.
 _HOMES = {
     "Budget": "budget",
-    "Plan": "pipeline",
+    "Plan": "run",
     "Report": "report",
     "Result": "pipeline",
     "Rule": "rules",

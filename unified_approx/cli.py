@@ -3,8 +3,9 @@
 JAX and everything that needs it is imported inside the commands, so that help is there at once.
 """
 
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from unified_approx.pipeline import Plan, Result
 
+_POSITIONAL = ("network", "file")
 DONE, FAILED, BAD_USAGE, BUDGET_NOT_MET = range(4)
 
 app = typer.Typer(
@@ -81,18 +83,16 @@ def _errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(BAD_USAGE if bad_usage else FAILED) from error
 
 
-def _command_line(context: typer.Context) -> str:
-    """The command as it could be typed again."""
-    words = ["unified-approx", str(context.info_name)]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        elif value not in (None, False, (), []) and value != parameter.default:
-            values = value if isinstance(value, list | tuple) else [value]
-            for item in values:
-                words += [parameter.opts[0]] if item is True else [parameter.opts[0], str(item)]
-    return " ".join(words)
+def _command_line(command: str, arguments: Mapping[str, Any]) -> str:
+    """The command as it could be typed again, with its defaults; `arguments` are those of its function."""
+    words = ["unified-approx", command, *(str(arguments[name]) for name in _POSITIONAL if name in arguments)]
+    for name, value in arguments.items():
+        flag = f"--{name.removesuffix('_file').replace('_', '-')}"
+        if name in _POSITIONAL or value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [word for item in values for word in ([flag] if item is True else [flag, str(item)])]
+    return shlex.join(words)
 
 
 def _check_outputs(**outputs: Path | None) -> None:
@@ -109,7 +109,6 @@ def _check_outputs(**outputs: Path | None) -> None:
 
 @app.command()
 def demo(
-    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the compressed network.")] = Path(
         "unified-approx-demo"
     ),
@@ -117,17 +116,16 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Compress a small network that comes with the package; tables and pictures in under 90 seconds."""
-    start = time.perf_counter()
+    start, command = time.perf_counter(), _command_line("demo", locals())
     with _errors(debug):
         _check_outputs(json=json_file)
         from unified_approx.demo import run
 
-        run(out, json_file, console=_console(), command=_command_line(context), started=start)
+        run(out, json_file, console=_console(), command=command, started=start)
 
 
 @app.command()
 def compress(
-    context: typer.Context,
     network: Network,
     weights: Weights = None,
     data: Data = None,
@@ -167,12 +165,13 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress a trained network layer by layer, without training."""
-    start = time.perf_counter()
+    start, command = time.perf_counter(), _command_line("compress", locals())
     with _errors(debug):
         _check_outputs(out=out, json=json_file)
         settings = _settings(budget, lambda_sparse, lambda_rank, keep)
         options = _options(form, group, m_step)
         from unified_approx import comparison, pipeline, resolve
+        from unified_approx.evaluate import accuracy
 
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
@@ -181,16 +180,26 @@ def compress(
         if dry_run:
             _show_plan(console, pipeline.plan(model, examples, rows=rows, **settings))
             return
+        reference = accuracy(model, images.x_test, images.y_test)
         result = pipeline.compress(
             model, examples, options=options, rows=rows, seed=seed, work_dir=work_dir, **settings
         )
         result = comparison.with_fastest_executions(result, images.x_test)
         row = comparison.compare(
-            network, model, result, images.x_test, images.y_test, out=out, form=form, group=group, m_step=m_step
+            network,
+            model,
+            result,
+            images.x_test,
+            images.y_test,
+            reference_accuracy=reference,
+            out=out,
+            form=form,
+            group=group,
+            m_step=m_step,
         )
         _show_result(console, result, row)
         if json_file is not None:
-            _write(context, json_file, row, start, seed, result)
+            _write(command, json_file, row, start, seed, result)
         if result.budget_met is False:
             typer.echo(f"unified-approx: the budget {result.report.budget} was not met", err=True)
             raise typer.Exit(BUDGET_NOT_MET)
@@ -255,13 +264,13 @@ def _show_result(console: Console, result: "Result", row: dict[str, Any]) -> Non
         console.print(f"warning: {warning}")
 
 
-def _write(context: typer.Context, path: Path, row: dict[str, Any], start: float, seed: int, result: "Result") -> None:
+def _write(command: str, path: Path, row: dict[str, Any], start: float, seed: int, result: "Result") -> None:
     from unified_approx.comparison import layer_rows
     from unified_approx.results import write_results
 
     write_results(
         path,
-        _command_line(context),
+        command,
         [row],
         seconds=time.perf_counter() - start,
         seed=seed,
@@ -276,7 +285,6 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A network that compr
 
 @app.command()
 def evaluate(
-    context: typer.Context,
     file: File,
     data: Data = None,
     dataset: DataName = None,
@@ -288,7 +296,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Accuracy of a saved network on the test images."""
-    start = time.perf_counter()
+    start, command = time.perf_counter(), _command_line("evaluate", locals())
     with _errors(debug):
         _check_outputs(json=json_file)
         from unified_approx import resolve, storage
@@ -308,7 +316,7 @@ def evaluate(
 
             row = saved_network_row(name, reached, file.stat().st_size, header["report"])
             seconds = time.perf_counter() - start
-            write_results(json_file, _command_line(context), [row], seconds=seconds, seed=0, repeat_row=True)
+            write_results(json_file, command, [row], seconds=seconds, seed=0, repeat_row=True)
 
 
 @app.command()

@@ -69,6 +69,7 @@ def compare(
     x_test: Float32[np.ndarray, "n ..."],
     y_test: Int[np.ndarray, " n"],
     *,
+    reference_accuracy: float,
     out: Path | None = None,
     rounds: int = 20,
     **more: Any,
@@ -81,11 +82,12 @@ def compare(
         result: of the compression.
         x_test: images.
         y_test: labels.
+        reference_accuracy: of the original on these images, in percent: measured before the compression, because that
+            is where bad labels show.
         out: where to save the compressed network; it is saved to measure its size in any case.
         rounds: timed runs of each network.
         **more: further fields of the row.
     """
-    reference = accuracy(original, x_test, y_test)
     reached = accuracy(result.model, x_test, y_test)
     before, after = file_sizes(original, result, out)
     times = latencies(original, result.model, x_test, rounds)
@@ -94,7 +96,7 @@ def compare(
         network=network,
         method="admm",
         budget=report.budget,
-        reference_accuracy=reference,
+        reference_accuracy=reference_accuracy,
         accuracy=reached,
         params_ratio=report.params_ratio,
         cr=report.cr,
@@ -122,7 +124,7 @@ def comparison_table(row: dict[str, Any], result: Result) -> Table:
         "accuracy on the test images (%)",
         f"{row['reference_accuracy']:.2f}",
         f"{row['accuracy']:.2f}",
-        f"{-row['drop']:+.2f} points",
+        f"{0.0 - row['drop']:+.2f} points",
     )
     for label, before, after, ratio in (
         ("stored values", report.original_params, report.params, row["params_ratio"]),

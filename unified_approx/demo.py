@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from solvers.admm import solve
 from solvers.admm_state import AdmmOptions, AdmmSolution, Status
+from solvers.layer import LayerOptions
 from solvers.m_step import MajorizeMinimize, MStep
 from solvers.penalties import Penalized, lambda_max, split_band
 from solvers.reconstruction import LayerProblem, relative_error
@@ -29,6 +31,7 @@ from unified_approx.evaluate import accuracy
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.report import ProgressEvent
 from unified_approx.results import check, write_results
+from unified_approx.rules import Rule
 from unified_approx.sampling import problems
 from unified_approx.storage import load
 
@@ -55,19 +58,31 @@ class Settings:
         penalties: fractions of the maxima for the paper's method in the same picture.
         rounds: timed runs of each network.
         seed: of images and positions.
+        keep: layers that stay as they are, as is usual for the first and the last.
+        options: of the layer solver. One form, because trying all of them compiles for longer than a demo may take.
+        last_start: seconds after the start of the demo after which no further point of that picture is begun (one point
+            of each curve there always is).
     """
 
     layer: str = "conv2"
     lambda_sparse: float = 0.003
     band: float = 0.35
-    max_steps: int = 150
+    max_steps: int = 120
     images: int = 1000
-    rows: int = 8192
-    budget: float = 0.5
-    budgets: tuple[float, ...] = (0.33, 0.2, 0.1)
-    penalties: tuple[float, ...] = (0.2, 0.1, 0.05, 0.02, 0.005)
-    rounds: int = 30
+    rows: int = 4096
+    budget: float = 0.25
+    budgets: tuple[float, ...] = (0.5, 0.12, 0.05)
+    penalties: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01)
+    rounds: int = 20
     seed: int = 0
+    keep: tuple[str, ...] = ("conv1", "fc")
+    options: LayerOptions = LayerOptions(form="columns")
+    last_start: float = 70.0
+
+    def common(self) -> dict[str, Any]:
+        """What all runs of `compress` share."""
+        rules = [Rule(path=path, keep=True) for path in self.keep]
+        return {"rules": rules, "options": self.options, "rows": self.rows, "seed": self.seed}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +199,16 @@ def _m_step_table(layer: str, solves: Sequence[LayerSolve]) -> Table:
     return table
 
 
+def _one_layer(digits: _Digits, settings: Settings, out: Path, console: Console) -> tuple[list[LayerSolve], list[Path]]:
+    """One layer by the paper's method with both M steps: a table and four pictures."""
+    console.print(f"1. One layer, {settings.layer}: A + B with A column-sparse and B of low rank")
+    problem, held_out, w = _layer_problem(digits, settings)
+    penalty = _penalty(problem, w.shape, settings)
+    solves = list(solve_layer(problem, held_out, w, penalty, settings))
+    console.print(_m_step_table(settings.layer, solves))
+    return solves, _layer_pictures(out, np.asarray(w), solves, settings.layer)
+
+
 def _layer_pictures(out: Path, w: np.ndarray, solves: Sequence[LayerSolve], layer: str) -> list[Path]:
     best = solves[0]
     a, b = (np.asarray(part) for part in (best.solution.sparse, best.solution.low_rank))
@@ -200,24 +225,80 @@ def _quiet(_: ProgressEvent) -> None:
     pass
 
 
-def _sizes(digits: _Digits, settings: Settings, first: pipeline.Result, console: Console) -> list[plots.Curve]:
-    """Accuracy against parameters: the best form over budgets, and the paper's method over a short penalty path."""
-    common = {"rows": settings.rows, "seed": settings.seed, "progress": _quiet}
-    best = [first]
-    for fraction in settings.budgets:
-        console.print(f"  best form, params={fraction:g}", style="dim")
-        best.append(pipeline.compress(digits.model, digits.calibration, budget=Budget(params=fraction), **common))
-    paper = []
-    for fraction in settings.penalties:
-        console.print(f"  paper's ADMM, both penalties {fraction:g} of their maxima", style="dim")
-        weights = {"lambda_sparse": fraction, "lambda_rank": fraction}
-        paper.append(pipeline.compress(digits.model, digits.calibration, **weights, **common))
+@dataclass(frozen=True, eq=False)
+class _Compressed:
+    result: pipeline.Result
+    row: dict[str, Any]
+    loaded_accuracy: float
 
-    def curve(label: str, results: Sequence[pipeline.Result]) -> plots.Curve:
-        params = [r.report.bits / 32 for r in results]
-        return plots.Curve(label, params, [accuracy(r.model, digits.x_test, digits.y_test) for r in results])
 
-    return [curve("best form, by budget", best), curve("the paper's ADMM + refit, penalty path", paper)]
+def _compress(digits: _Digits, settings: Settings, file: Path, console: Console) -> _Compressed:
+    """The whole network at the budget: compressed, timed, saved, loaded again; tables."""
+    console.print(
+        f"2. The whole network without training: params={settings.budget:g} of every layer but "
+        f"{' and '.join(settings.keep)}, form {settings.options.form}"
+    )
+    reference = accuracy(digits.model, digits.x_test, digits.y_test)
+    result = pipeline.compress(
+        digits.model, digits.calibration, budget=Budget(params=settings.budget), **settings.common()
+    )
+    result = comparison.with_fastest_executions(result, digits.x_test)
+    row = comparison.compare(
+        NETWORK,
+        digits.model,
+        result,
+        digits.x_test,
+        digits.y_test,
+        reference_accuracy=reference,
+        out=file,
+        rounds=settings.rounds,
+        form=settings.options.form,
+    )
+    loaded = accuracy(load(file), digits.x_test, digits.y_test)
+    console.print(result.report.table())
+    console.print(comparison.comparison_table(row, result))
+    console.print(comparison.speed_sentence(row))
+    console.print(f"Saved to {file}, loaded again: accuracy {loaded:.2f} % (before saving {row['accuracy']:.2f} %).")
+    return _Compressed(result, row, loaded)
+
+
+def _curves(
+    digits: _Digits, settings: Settings, first: pipeline.Result, console: Console, start: float
+) -> list[plots.Curve]:
+    """Accuracy against parameters: the main run's form over budgets, the paper's method over a short penalty path."""
+    console.print("3. Accuracy against parameters")
+    penalties: list[dict[str, Any]] = [{"lambda_sparse": f, "lambda_rank": f} for f in settings.penalties]
+    budgets: list[dict[str, Any]] = [{"budget": Budget(params=f)} for f in settings.budgets]
+    targets = [t for pair in zip_longest(penalties, budgets) for t in pair if t is not None]
+    results = [first]
+    for i, target in enumerate(targets):
+        if i and time.perf_counter() - start > settings.last_start:
+            console.print(f"  left out, to be done in time: {len(targets) - i} of {len(targets)} points")
+            break
+        results.append(
+            pipeline.compress(digits.model, digits.calibration, **target, **settings.common(), progress=_quiet)
+        )
+        console.print(f"  {results[-1].report.budget}: {results[-1].report.params:,} parameters", style="dim")
+
+    def curve(label: str, chosen: Sequence[pipeline.Result]) -> plots.Curve:
+        params = [r.report.bits / 32 for r in chosen]
+        return plots.Curve(label, params, [accuracy(r.model, digits.x_test, digits.y_test) for r in chosen])
+
+    by_budget = [r for r in results if r.budget_met is not None]
+    by_penalty = [r for r in results if r.budget_met is None]
+    return [
+        curve(f"{settings.options.form}, by budget", by_budget),
+        curve("the paper's ADMM + refit, by penalties", by_penalty),
+    ]
+
+
+def _curve_picture(out: Path, curves: Sequence[plots.Curve], done: _Compressed, digits: _Digits) -> Path:
+    return plots.accuracy_against_params(
+        out / "accuracy_against_params.png",
+        curves,
+        original=(done.result.report.original_bits / 32, done.row["reference_accuracy"]),
+        title=f"{NETWORK} network, {len(digits.x_test)} test images, no training",
+    )
 
 
 def run(
@@ -250,57 +331,30 @@ def run(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; give the name of a folder")
     out.mkdir(parents=True, exist_ok=True)
-
     digits = _digits(settings)
-    console.print(f"1. One layer, {settings.layer}: A + B with A column-sparse and B of low rank")
-    problem, held_out, w = _layer_problem(digits, settings)
-    solves = list(solve_layer(problem, held_out, w, _penalty(problem, w.shape, settings), settings))
-    console.print(_m_step_table(settings.layer, solves))
-    pictures = _layer_pictures(out, np.asarray(w), solves, settings.layer)
-
-    console.print(f"2. The whole network at params={settings.budget:g}, the best form for each layer, no training")
-    result = pipeline.compress(
-        digits.model, digits.calibration, budget=Budget(params=settings.budget), rows=settings.rows, seed=settings.seed
-    )
-    result = comparison.with_fastest_executions(result, digits.x_test)
-    file = out / FILE_NAME
-    row = comparison.compare(
-        NETWORK, digits.model, result, digits.x_test, digits.y_test, out=file, rounds=settings.rounds, form="best"
-    )
-    loaded = accuracy(load(file), digits.x_test, digits.y_test)
-    console.print(result.report.table())
-    console.print(comparison.comparison_table(row, result))
-    console.print(comparison.speed_sentence(row))
-    console.print(f"Saved to {file}, loaded again: accuracy {loaded:.2f} % (before saving {row['accuracy']:.2f} %).")
-
-    console.print("3. Accuracy against parameters")
-    curves = _sizes(digits, settings, result, console)
-    pictures.append(
-        plots.accuracy_against_params(
-            out / "accuracy_against_params.png",
-            curves,
-            original=(result.report.original_bits / 32, row["reference_accuracy"]),
-            title="digits network, 500 test images, no training",
-        )
-    )
+    solves, pictures = _one_layer(digits, settings, out, console)
+    done = _compress(digits, settings, out / FILE_NAME, console)
+    curves = _curves(digits, settings, done.result, console, start)
+    pictures.append(_curve_picture(out, curves, done, digits))
     seconds = time.perf_counter() - start
     console.print(f"Pictures in {out}: {', '.join(p.name for p in pictures)}. {seconds:.0f} s in all.")
     if json_file is not None:
+        checks = {
+            "loaded_accuracy": check(done.loaded_accuracy, "==", done.row["accuracy"]),
+            "drop": check(done.row["drop"], "<=", 1.0),
+            "seconds": check(seconds, "<=", 90.0),
+        }
         write_results(
             json_file,
             command,
-            [row],
-            {
-                "loaded_accuracy": check(loaded, "==", row["accuracy"]),
-                "drop": check(row["drop"], "<=", 1.0),
-                "seconds": check(seconds, "<=", 90.0),
-            },
+            [done.row],
+            checks,
             seconds=seconds,
             seed=settings.seed,
             repeat_row=True,
-            layers=comparison.layer_rows(result),
+            layers=comparison.layer_rows(done.result),
             m_steps=[one.row() for one in solves],
             curves=[asdict(c) for c in curves],
             pictures=[p.name for p in pictures],
         )
-    return row
+    return done.row

@@ -40,7 +40,7 @@ class LayerRow:
     status: str
     reason: str = ""
     form: str = "dense"
-    candidates: dict[str, dict[str, float]] = field(default_factory=dict)
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
     kept_columns: int = 0
     rank: int = 0
     params: int = 0

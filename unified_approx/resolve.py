@@ -143,6 +143,8 @@ def _custom(dataset: str | None, data: Path | None) -> Images:
         raise ValueError(f"--dataset: y_test is {y_test.dtype} {y_test.shape} in {path}; give one integer per image")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"--dataset: x_train is {x_train.shape}, x_test {x_test.shape} in {path}; shapes must agree")
+    if not np.isfinite(x_test).all():
+        raise ValueError(f"--dataset: x_test holds NaN or infinite values in {path}; clean the data first")
     return Images(_scaled(x_train, 255.0), _scaled(x_test, 255.0), y_test)
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+Number = int | float
+
 _PACKAGES = {
     "jax": "jax",
     "jaxlib": "jaxlib",
@@ -18,7 +20,7 @@ _PACKAGES = {
     "numpy": "numpy",
     "unified_approx": "unified-approx",
 }
-_RELATIONS: dict[str, Callable[[float, float], bool]] = {
+_RELATIONS: dict[str, Callable[[Number, Number], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
@@ -44,7 +46,7 @@ def peak_rss_mb() -> int:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)  # macOS counts bytes, Linux KiB
 
 
-def check(value: float, relation: str, target: float) -> dict[str, Any]:
+def check(value: Number, relation: str, target: Number) -> dict[str, Any]:
     """A measured value against its target: {"value", "relation", "target", "holds"}.
 
     Args:
@@ -65,18 +67,18 @@ def network_row(
     network: str,
     method: str,
     budget: str,
-    reference_accuracy: float | None,
-    accuracy: float,
-    params_ratio: float | None,
-    cr: float | None,
-    macs_ratio: float | None,
-    bytes_ratio: float | None = None,
+    reference_accuracy: Number | None,
+    accuracy: Number,
+    params_ratio: Number | None,
+    cr: Number | None,
+    macs_ratio: Number | None,
+    bytes_ratio: Number | None = None,
     file_bytes: int | None = None,
-    speedup: float | None = None,
-    speedup_batch1: float | None = None,
+    speedup: Number | None = None,
+    speedup_batch1: Number | None = None,
     finetune_epochs: int = 0,
-    reference_finetuned_accuracy: float | None = None,
-    std: float = 0.0,
+    reference_finetuned_accuracy: Number | None = None,
+    std: Number = 0.0,
     seeds: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def network_row(
 
 
 def saved_network_row(
-    network: str, accuracy: float, file_bytes: int, report: Mapping[str, Any] | None
+    network: str, accuracy: Number, file_bytes: int, report: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The row of a network that was read from a file; what only the original could tell is None.
 
@@ -159,7 +161,7 @@ def write_results(
     rows: Sequence[Mapping[str, Any]],
     checks: Mapping[str, Mapping[str, Any]] | None = None,
     *,
-    seconds: float,
+    seconds: Number,
     seed: int,
     quick: bool = False,
     repeat_row: bool = False,

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +122,7 @@ def test_counted_macs_are_those_the_layers_state(net, terms):
     }
     model = compressed(net, sums[terms])
     for name in model.blocks[0].executions():
-        other = cost.with_executions(model, {("blocks", 0): name})
+        other: Any = cost.with_executions(model, {("blocks", 0): name})
         assert other.blocks[0].execution == name
         counted = cost.network_cost(other, X).layer(("blocks", 0))
         assert counted.macs == other.blocks[0].macs((6, 6)), name
@@ -217,6 +219,7 @@ def test_choose_executions_keeps_the_function(net, monkeypatch):
         return {name: prefer.get(name, 3.0) for name in forms}
 
     monkeypatch.setattr(cost, "measure_latency", pretend)
+    chosen: Any
     chosen, table = cost.choose_executions(model, X)
     assert {row.path: row.chosen for row in table} == {("blocks", 0): "factored:patches", ("fc",): "merged"}
     assert sorted(asked) == [(2, 6, 6, 4), (2, 72)]
@@ -226,6 +229,7 @@ def test_choose_executions_keeps_the_function(net, monkeypatch):
     expected = run(model, X)
     np.testing.assert_allclose(run(chosen, X), expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
+    dense: Any
     dense, table = cost.fastest_dense(net, X)
     assert {row.path: row.chosen for row in table} == {("conv1",): "matmul", ("blocks", 0): "matmul"}
     assert dense.conv1.execution == "matmul"

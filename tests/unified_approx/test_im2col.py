@@ -35,7 +35,7 @@ GEOMETRIES = {
 }
 
 
-@pytest.fixture(params=GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@pytest.fixture(params=GEOMETRIES.values(), ids=list(GEOMETRIES))
 def case(request):
     geometry, spatial = request.param
     rng = np.random.default_rng(0)

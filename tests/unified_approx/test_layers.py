@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +150,8 @@ def test_spatial_macs_count_the_rows_between_the_convolutions():
 
 def test_variables_are_shared_trained_and_kept_apart():
     geometry, spatial = GEOMETRIES["same"]
-    layer = FactoredConv.from_terms(terms_for(geometry)["two-level"], normal(5), geometry, execution="merged")
-    other = layer.with_execution("factored:patches+channels")
+    layer: Any = FactoredConv.from_terms(terms_for(geometry)["two-level"], normal(5), geometry, execution="merged")
+    other: Any = layer.with_execution("factored:patches+channels")
     assert other.terms[0].values is layer.terms[0].values
     assert other.bias is layer.bias
     assert all(not isinstance(v, nnx.Param) for v in jax.tree.leaves(nnx.state(layer, Index)))
@@ -212,7 +213,7 @@ def test_shapes_and_dtypes_are_those_of_flax(dtype, param_dtype, inputs):
         lambda: nnx.Conv(6, 5, (3, 3), dtype=dtype, param_dtype=jnp.dtype(param_dtype), rngs=nnx.Rngs(0))
     )
     terms = terms_for(geometry)["spatial + columns"]
-    layer = FactoredConv.from_terms(terms, normal(5), geometry, dtype=dtype, param_dtype=param_dtype)
+    layer: Any = FactoredConv.from_terms(terms, normal(5), geometry, dtype=dtype, param_dtype=param_dtype)
     conv.kernel, conv.bias = nnx.Param(layer.kernel()), nnx.Param(layer.bias[...])
     assert conv.kernel.dtype == param_dtype
     names = ("merged", "matmul", "factored:convolution+patches")

@@ -200,7 +200,7 @@ def test_fewer_rows_than_features_is_solved_with_a_warning(digits):
 
 def test_a_diverging_layer_stays_dense_and_the_rest_goes_on(digits, monkeypatch):
     model, images, _, _ = digits
-    from unified_approx import pipeline
+    from unified_approx import run
 
     calls = []
 
@@ -209,7 +209,7 @@ def test_a_diverging_layer_stays_dense_and_the_rest_goes_on(digits, monkeypatch)
         broken = replace(problem, y=problem.y * jnp.nan, response=problem.response * jnp.nan)
         return layer.solve(broken if len(calls) == 2 else problem, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "solve", solve)
+    monkeypatch.setattr(run, "solve", solve)
     result = ua.compress(model, images, budget=ua.Budget(params=0.5), form="columns", progress=lambda e: None, **SMALL)
     assert [row.status for row in result.report.layers][:3] == ["compressed", "diverged", "compressed"]
     assert not result.budget_met

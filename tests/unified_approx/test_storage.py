@@ -3,6 +3,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def filled(width=6):
 
 def compressed(param_dtype="float32"):
     """Net with a factored shared layer, a factored dense layer, and the batch norm gone."""
-    model = filled()
+    model: Any = filled()
     model.bn = Identity()
     g = geometry_of(model.shared["a"])
     some = np.asarray([1, 4, 5, 17, 30, 31, 32, 50], np.int32)
@@ -97,7 +98,7 @@ def test_round_trip_is_bit_identical(saved):
     path, model = saved
     like = filled()
     before = jax.tree.map(jnp.copy, nnx.state(like, nnx.Param))
-    again = load(path, like=like)
+    again: Any = load(path, like=like)
     np.testing.assert_array_equal(RUN(again, X), RUN(model, X))
     assert nnx.graphdef(again) == nnx.graphdef(model)
     assert again.again is again.shared["a"]
@@ -110,7 +111,7 @@ def test_round_trip_is_bit_identical(saved):
 
 def test_an_abstract_network_is_enough(saved):
     path, model = saved
-    again = load(path, like=abstract())
+    again: Any = load(path, like=abstract())
     again.train()  # the dropout's generator has a key
     assert np.isfinite(RUN(again, X)).all()
     again.eval()
@@ -121,7 +122,7 @@ def test_an_abstract_network_is_enough(saved):
 def test_small_dtypes_are_stored_small(tmp_path, param_dtype):
     model = compressed(param_dtype)
     save(tmp_path / "f", model)
-    again = load(tmp_path / "f", like=abstract())
+    again: Any = load(tmp_path / "f", like=abstract())
     assert again.again.terms[0].values.dtype == param_dtype
     np.testing.assert_array_equal(RUN(again, X), RUN(model, X))
     stored = load_file(tmp_path / "f")
@@ -184,7 +185,7 @@ def test_other_integers_are_left_alone():
 
 
 def test_zoo_network_loads_by_itself_in_a_new_process(tmp_path):
-    model = zoo.create("lenet300", activation="relu", seed=1)
+    model: Any = zoo.create("lenet300", activation="relu", seed=1)
     columns = np.arange(0, 300, 2, dtype=np.int32)
     model.fc2 = FactoredLinear.from_terms([Columns(normal(100, 150), columns)], normal(100), Geometry((), 300, 100))
     path = tmp_path / "lenet.safetensors"
@@ -203,7 +204,7 @@ def test_zoo_network_loads_by_itself_in_a_new_process(tmp_path):
 
 
 def test_a_network_that_is_not_quite_the_zoos_is_not_taken_for_it():
-    model = zoo.create("lenet300")
+    model: Any = zoo.create("lenet300")
     model.activation = "relu"
     assert storage._find_in_zoo(model) == Network("lenet300", {"activation": "relu"})
     model.fc1.use_bias = False
@@ -216,7 +217,7 @@ def test_single_layer_network(tmp_path):
         [Columns(normal(5, 3), np.asarray([0, 2, 5], np.int32))], normal(5), Geometry((), 6, 5)
     )
     save(tmp_path / "f", layer)
-    again = load(tmp_path / "f", like=nnx.eval_shape(lambda: nnx.Linear(6, 5, rngs=nnx.Rngs(0))))
+    again: Any = load(tmp_path / "f", like=nnx.eval_shape(lambda: nnx.Linear(6, 5, rngs=nnx.Rngs(0))))
     np.testing.assert_array_equal(again(jnp.ones((2, 6))), layer(jnp.ones((2, 6))))
 
 

@@ -1,0 +1,274 @@
+"""One run: the checked arguments, the captured network, and its layers one after another."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+from threadpoolctl import threadpool_limits
+
+from solvers.layer import LayerFit, minimum_budget, solve
+from solvers.terms import Term, total_matrix
+from unified_approx import calibration as examples
+from unified_approx.assemble import get, unfold
+from unified_approx.capture import Capture
+from unified_approx.cost import network_cost
+from unified_approx.layers import Factored, factored_class
+from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
+from unified_approx.rules import assign
+from unified_approx.sampling import default_rows, problems
+from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
+from unified_approx.sites import LayerSite, Observation, Path
+from unified_approx.work_dir import WorkDir, fingerprint
+
+_SINGLE_THREADED_BELOW = 2048
+
+Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do, before anything is solved.
+
+    Attributes:
+        layers: per selected layer its name, (n, p), the stored values asked for and the least reachable.
+        kept: names that a rule keeps.
+        skipped: name and reason of the layers that cannot be compressed.
+        minimum_params: the smallest reachable budget, as a fraction of each selected layer.
+        memory_mb: estimate of the peak working memory beyond JAX itself, in MB (10^6 bytes).
+        seconds: estimate of the time of the solves.
+    """
+
+    layers: tuple[dict[str, Any], ...]
+    kept: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    minimum_params: float
+    memory_mb: float
+    seconds: float
+
+
+class Run:
+    """One run: checked arguments, captured network, and the layers one after another."""
+
+    def __init__(self, model: nnx.Module, calibration: Calibration, arguments: Arguments):
+        check_weights(model)
+        self.model, self.arguments = model, arguments
+        self.data = examples.gather(calibration)
+        self.num_images = examples.count(self.data)
+        if self.num_images < 2:
+            raise ValueError("calibration: 1 example; give at least 2, since one of them is held out")
+        self.held_out_from = self.num_images - max(1, round(arguments.held_out * self.num_images))
+        batches = examples.split(self.data, min(arguments.batch_size, self.num_images))
+        self.example = batches[0]
+        self.capture = Capture(model, [(batch,) for batch in batches], call=arguments.call)
+        self.settings = self._settle()
+        self.warnings: list[str] = []
+
+    def _settle(self) -> dict[Path, Settings | None]:
+        """Settings of each site by the rules; None where a rule keeps the layer."""
+        if not self.capture.sites:
+            reasons = "; ".join(f"{s.name}: {s.reason}" for s in self.capture.skipped)
+            raise ValueError(f"model: it has no layer that can be compressed ({reasons or 'no Conv or Linear found'})")
+        rules = assign(self.arguments.rules, self.capture.sites, self.capture.skipped)
+        settings = {site.path: self.arguments.settings(rules[site.path], site) for site in self.capture.sites}
+        if all(s is None for s in settings.values()):
+            raise ValueError("rules: they keep every layer; there is no layer to compress")
+        for site in self.capture.sites:
+            check_reachable(site, settings[site.path])
+        return settings
+
+    def solve_all(
+        self, work: WorkDir | None, progress: ProgressCallback
+    ) -> tuple[dict[Path, nnx.Module], list[LayerRow]]:
+        """Every layer in network order; the replacements, and a row for each layer."""
+        modules: dict[Path, nnx.Module] = {}
+        rows: list[LayerRow] = []
+        total = len(self.capture.sites)
+        for index, site in enumerate(self.capture.sites):
+            shape = (site.geometry.matrix_shape.n, site.geometry.matrix_shape.p)
+            progress(ProgressEvent(index, total, site.name, shape, None))
+            module, row = self._layer(index, site, work)
+            if module is not None:
+                modules[site.path] = module
+            rows.append(row)
+            progress(ProgressEvent(index, total, site.name, shape, row))
+        return modules, rows
+
+    def fingerprint(self) -> str:
+        """Identifies everything that the solved layers depend on."""
+        state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
+        return fingerprint(self.arguments.identity(), nnx.to_pure_dict(state), self.data)
+
+    def report(self, new: nnx.Module, layers: Sequence[LayerRow], seconds: float) -> Report:
+        """Rows of all layers, skipped ones last, and the totals of the whole network."""
+        before, after = (network_cost(m, self.example, call=self.arguments.call) for m in (self.model, new))
+        skipped = [
+            LayerRow(name=s.name, kind=s.kind, shape=(0, 0), status="skipped", reason=s.reason)
+            for s in self.capture.skipped
+        ]
+        done = [row for row in layers if row.status in ("compressed", "diverged")]
+        over = [row for row in done if not self._within_budget(row)]
+        penalised = all(s is None or s.budget is None for s in self.settings.values())
+        return Report(
+            layers=(*layers, *skipped),
+            budget=self.arguments.describe(),
+            budget_met=None if penalised else not over,
+            params=after.params,
+            original_params=before.params,
+            bits=after.bits,
+            original_bits=before.bits,
+            macs=sum(row.macs for row in layers),
+            original_macs=sum(row.original_macs for row in layers),
+            seconds=seconds,
+            seed=self.arguments.seed,
+            warnings=tuple(f"{row.name}: {row.reason}" for row in done if row.reason),
+        )
+
+    def _within_budget(self, row: LayerRow) -> bool:
+        settings = next(
+            s for site, s in zip(self.capture.sites, self.settings.values(), strict=True) if site.name == row.name
+        )
+        if settings is None or settings.budget is None:
+            return True
+        return row.params + row.index_bits / 32 <= settings.budget.params * row.original_params
+
+    def plan(self) -> Plan:
+        """What would be done, with estimates from the sizes of the layers."""
+        layers, least, memory, flops = [], 0.0, 0.0, 0.0
+        fitted = self.held_out_from
+        for site in self.capture.sites:
+            settings = self.settings[site.path]
+            if settings is None:
+                continue
+            shape = site.geometry.matrix_shape
+            n, p = shape.n, shape.p
+            available = fitted * prod(self.capture.output_spatial(site)) * site.num_calls
+            d = min(available, self.arguments.rows or default_rows(p, available))
+            layers.append(
+                {
+                    "name": site.name,
+                    "shape": (n, p),
+                    "values": settings.values(site),
+                    "minimum": minimum_budget(shape),
+                    "rows": d,
+                }
+            )
+            least = max(least, minimum_budget(shape) / (n * p))
+            memory = max(memory, 1.25 * d * (p + 3 * n) * 4 + 20 * p * p * 8)
+            flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
+        return Plan(
+            layers=tuple(layers),
+            kept=tuple(site.name for site in self.capture.sites if self.settings[site.path] is None),
+            skipped=tuple((s.name, s.reason) for s in self.capture.skipped),
+            minimum_params=least,
+            memory_mb=(memory + 2 * sum(a.nbytes for a in jax.tree.leaves(self.data))) / 1e6,
+            seconds=flops / 50e9 + 3.0 * len({row["shape"] for row in layers}),
+        )
+
+    def _layer(self, index: int, site: LayerSite, work: WorkDir | None) -> tuple[nnx.Module | None, LayerRow]:
+        settings = self.settings[site.path]
+        row = _row(site, self.capture.output_spatial(site))
+        if settings is None:
+            self.capture.keep(site)
+            return None, replace(row, status="kept", reason="by rule")
+        start = time.perf_counter()
+        stored = work.fetch(index) if work is not None else None
+        if stored is None:
+            terms, bias, row = self._solve(site, settings, row)
+            row = replace(row, seconds=time.perf_counter() - start)
+            if work is not None:
+                work.store(index, terms, bias, asdict(row))
+        else:
+            terms, bias, saved = stored
+            row = LayerRow(**{**saved, "shape": tuple(saved["shape"])})
+        if row.status != "compressed":
+            self.capture.keep(site)
+            return None, row
+        self.capture.replace(site, total_matrix(terms, site.geometry.matrix_shape), bias)
+        return self._module(site, terms, bias), row
+
+    def _solve(
+        self, site: LayerSite, settings: Settings, row: LayerRow
+    ) -> tuple[tuple[Term, ...], np.ndarray, LayerRow]:
+        """Solve one layer; the terms, the bias and the filled row."""
+        seen = self.capture.observe(site)
+        arguments = self.arguments
+        problem, held_out = problems(site, seen, self.held_out_from, arguments.rows, arguments.seed)
+        shape = site.geometry.matrix_shape
+        # Below a few thousand columns a second LAPACK thread costs more than it saves, and far more on a busy machine.
+        with threadpool_limits(limits=1 if shape.p < _SINGLE_THREADED_BELOW else None, user_api="blas"):
+            fit = solve(
+                problem,
+                held_out,
+                shape,
+                budget=settings.values(site),
+                penalties=settings.penalties,
+                options=settings.options,
+            )
+        return fit.terms, fit.bias, self._filled(row, site, seen, fit, problem.x.shape[0])
+
+    def _filled(self, row: LayerRow, site: LayerSite, seen: Observation, fit: LayerFit, rows: int) -> LayerRow:
+        if fit.status != "ok":
+            reason = "no form gave a finite error; left as it was"
+            return replace(row, status="diverged", reason=reason, solve_status=fit.status, rows=rows)
+        chosen = fit.forms[fit.form]
+        layer = factored_class(site.geometry).from_terms(fit.terms, fit.bias, site.geometry, execution="factored")
+        if chosen.params >= row.original_params:
+            return replace(row, status="kept", reason="no form is smaller", solve_status=fit.status, rows=rows)
+        return replace(
+            row,
+            status="compressed",
+            form=fit.form,
+            candidates={name: {**asdict(f), "error": f.error} for name, f in fit.forms.items()},
+            kept_columns=chosen.kept_columns,
+            rank=chosen.rank,
+            params=chosen.params,
+            index_bits=chosen.index_bits,
+            macs=layer.macs(seen.x.shape[1:-1]) * site.num_calls,
+            error_before=fit.linear_errors[0],
+            error_before_held_out=fit.linear_errors[1],
+            error_after=fit.errors[0],
+            error_after_held_out=fit.errors[1],
+            iterations=fit.num_steps,
+            solve_status=fit.status,
+            rows=rows,
+            reason="; ".join(fit.warnings),
+        )
+
+    def _module(self, site: LayerSite, terms: tuple[Term, ...], bias: np.ndarray) -> Factored:
+        """The layer to put in: with what the network itself still applies afterwards taken out of its rows."""
+        scale = np.where(site.outer_scale == 0, 1.0, site.outer_scale).astype(np.float32)
+        own = tuple(term.with_rows_scaled(1 / scale) for term in terms) if np.any(scale != 1) else terms
+        empty = np.zeros((site.geometry.c_out, 0), np.float32)
+        own_bias = unfold(site, empty, bias)[1]
+        layer = get(self.model, site.path)
+        return factored_class(site.geometry).from_terms(
+            own,
+            own_bias,
+            site.geometry,
+            execution=self.arguments.execution,
+            dtype=layer.dtype,
+            param_dtype=layer.param_dtype,
+        )
+
+
+def _row(site: LayerSite, spatial: tuple[int, ...]) -> LayerRow:
+    """The row of a layer that is left as it is; `spatial` is the shape of its output image."""
+    shape = site.geometry.matrix_shape
+    params = shape.n * shape.p
+    macs = params * prod(spatial) * site.num_calls
+    return LayerRow(
+        name=site.name,
+        kind=site.kind,
+        shape=(shape.n, shape.p),
+        status="kept",
+        params=params,
+        original_params=params,
+        macs=macs,
+        original_macs=macs,
+    )
