@@ -26,10 +26,10 @@ def _grouping(context: Context) -> Grouping:
     return COLUMNS if context.group == "column" else channels(context.shape.c_in)
 
 
-def _fewer_rows(problem: LayerProblem, p: int) -> LayerProblem:
-    """At most 8 rows per feature: the support settles on those, and a path takes hundreds of passes."""
-    d = problem.x.shape[0]
-    wanted = min(d, max(8 * p, 4096))
+def _fewer_rows(problem: LayerProblem, rows_per_feature: int | None) -> LayerProblem:
+    """Every so many-th row, so that about `rows_per_feature` p of them stay (4,096 at least)."""
+    d, p = problem.x.shape
+    wanted = d if rows_per_feature is None else min(d, max(rows_per_feature * p, 4096))
     stride = d // wanted  # rows are sorted by image; a stride keeps all of them in
     return jax.tree.map(lambda a: a[: stride * wanted : stride] if a.ndim == 2 else a, problem)
 
@@ -65,11 +65,11 @@ def _norms(solution: AdmmSolution, grouping: Grouping) -> np.ndarray:
     return np.asarray(jnp.where(inside > 0, inside + jnp.max(whole), whole))
 
 
-def admm_candidate(context: Context, options: AdmmOptions) -> Candidate | None:
+def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int | None = 8) -> Candidate | None:
     """Support and rank of the paper's penalised problem for a budget; None if not one column fits."""
     grouping = _grouping(context)
     members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
-    problem = _fewer_rows(_solvable(context.problem, options), context.shape.p)
+    problem = _fewer_rows(_solvable(context.problem, options), rows_per_feature)
     fractions = jnp.asarray(FRACTIONS, problem.x.dtype)
     solutions = path(problem, penalized_fractions(problem, fractions, fractions, grouping), options=options)
     kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members

@@ -6,6 +6,7 @@ A form is one function `(Context) -> Candidate | None` and one row in `FORMS`. S
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, log2, sqrt
 
 import jax
@@ -165,14 +166,12 @@ def spatial_form(context: Context) -> Candidate | None:
     if len(window) != 2 or window[0] < 2 or context.group == "channel":
         return None
     budget = int(context.budget - context.index_cost)
-    bound = int(spatial.rank_grid(n, p, window, budget, gauge=context.gauge, fractions=(1.0,))[0])
-    budget -= ceil(bound * ceil(log2(window[1] * c_in)) / 32) if context.gauge else 0
+    pivot_cost = ceil(log2(window[1] * c_in)) / 32 if context.gauge else 0.0
     ranks = spatial.rank_grid(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
-    options = spatial.SpatialOptions()
+    options = spatial.SpatialOptions.for_size(n, p, window)
+    select = partial(_select_spatial, gauge=context.gauge, pivot_cost=pivot_cost, options=options)
     found = [
-        _select_spatial(context.stats, context.w, window, budget, rank, gauge=context.gauge, options=options)
-        for rank in np.unique(np.asarray(ranks))
-        if rank > 0
+        select(context.stats, context.w, window, budget, rank) for rank in np.unique(np.asarray(ranks)) if rank > 0
     ]
     if not found:
         return None

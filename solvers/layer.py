@@ -33,7 +33,8 @@ class LayerOptions:
     """How a layer is solved.
 
     Attributes:
-        form: "best", or one of `FORM_NAMES`; "admm" is the paper's penalised ADMM followed by the refit.
+        form: "best", or one of `FORM_NAMES`, or several of them as a tuple, of which the best is taken; "admm" is the
+            paper's penalised ADMM followed by the refit.
         group: what the sparse part keeps or drops whole: "column" (as in the paper) or "channel".
         gauge: store low-rank factors with an identity block, which saves r^2 values.
         ridge: added to the Gram matrix, relative to its mean diagonal; 100 times as much when rows are fewer than
@@ -41,23 +42,33 @@ class LayerOptions:
         refine: refinement after the activation, None to skip it.
         refine_within: refine the forms whose error is within this factor of the best one.
         admm: options of the ADMM.
+        admm_rows_per_feature: how many of the rows the ADMM's path of penalties sees, None for all: the support
+            settles on few, and a path takes hundreds of passes.
         float64_up_to: largest p for which selection runs in float64.
     """
 
-    form: str = "best"
+    form: str | tuple[str, ...] = "best"
     group: str = "column"
     gauge: bool = True
     ridge: float = 1e-6
     refine: RefineOptions | None = RefineOptions()
     refine_within: float = 1.25
     admm: AdmmOptions = AdmmOptions(max_steps=60, check_every=5, rtol=2e-3)
+    admm_rows_per_feature: int | None = 8
     float64_up_to: int = 1536
 
     def __post_init__(self) -> None:
-        if self.form not in ("best", *FORM_NAMES):
+        unknown = [name for name in self.wanted() if name not in FORM_NAMES]
+        if unknown or not self.wanted():
             raise ValueError(f"form: {self.form!r} is unknown; choose best or one of {', '.join(FORM_NAMES)}")
         if self.group not in ("column", "channel"):
             raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
+
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the forms to try."""
+        if self.form == "best":
+            return _TRIED
+        return (self.form,) if isinstance(self.form, str) else self.form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,17 +237,17 @@ class _Solver:
 
 def _propose(solver: _Solver, budget: float) -> dict[str, Candidate]:
     """Every wanted form's candidate; forms that cannot fit the budget or the kernel are absent."""
-    wanted = _TRIED if solver.options.form == "best" else (solver.options.form,)
+    wanted = solver.options.wanted()
     context = solver.context(budget)
 
     def propose(name: str) -> Candidate | None:
         if name == "admm":
-            return admm_candidate(context, solver.options.admm)
+            return admm_candidate(context, solver.options.admm, solver.options.admm_rows_per_feature)
         with jax.enable_x64(solver.wide):  # a setting of the thread
             return FORMS[name](context)
 
     # Forms are independent, and compiling them, like most of what they do, keeps only one core busy.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         found = dict(zip(wanted, pool.map(propose, wanted), strict=True))
     return {name: candidate for name, candidate in found.items() if candidate is not None}
 
@@ -310,8 +321,9 @@ def solve(
     bias = np.asarray(problem.bias, np.float32)
     if winner is None:
         return LayerFit(terms=(), bias=bias, form="dense", status="diverged", warnings=tuple(solver.warnings))
-    terms = {name: t.candidate.extract(np.asarray(t.matrix)) for name, t in trials.items()}
-    forms = {name: _form_result(t, terms[name], shape) for name, t in trials.items()}
+    finite = {name: t for name, t in trials.items() if np.isfinite(t.error)}
+    terms = {name: t.candidate.extract(np.asarray(t.matrix)) for name, t in finite.items()}
+    forms = {name: _form_result(t, terms[name], shape) for name, t in finite.items()}
     chosen = trials[winner]
     kept = terms[winner] or (Columns(np.zeros((shape.n, 0), np.float32), np.zeros(0, np.int32)),)
     return LayerFit(

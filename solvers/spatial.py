@@ -42,12 +42,12 @@ class SpatialOptions:
 
     max_rank: int | None = None
     max_columns: int | None = None
-    rounds: int = 2
+    rounds: int = 3
     max_steps: int = 30
     memory: int = 8
     rtol: float = 1e-4
     block: int = 1
-    fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0)
+    fractions: tuple[float, ...] = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 
     @classmethod
     def for_size(cls, n: int, p: int, window: tuple[int, ...]) -> "SpatialOptions":
@@ -95,7 +95,13 @@ def rank_bound(n: int, p: int, window: tuple[int, ...]) -> int:
 
 
 def pair_cost(
-    rank: Int[Array, "*ranks"], n: int, q: int, rows: int, *, gauge: bool, pivot_cost: Num[ArrayLike, ""] = 0.0
+    rank: Int[Array, "*ranks"],
+    n: int,
+    q: int,
+    rows: int,
+    *,
+    gauge: Bool[ArrayLike, ""],
+    pivot_cost: Num[ArrayLike, ""] = 0.0,
 ) -> Float[Array, "*ranks"]:
     """Stored values of the two factors of rank r: r q + r kh n; in gauge form - r^2 + r pivot_cost.
 
@@ -103,7 +109,7 @@ def pair_cost(
     """
     r = rank.astype(jnp.float32)
     cost = r * (q + rows * n)
-    return cost - r * r + r * jnp.asarray(pivot_cost, jnp.float32) if gauge else cost
+    return jnp.where(jnp.asarray(gauge), cost - r * r + r * jnp.asarray(pivot_cost, jnp.float32), cost)
 
 
 def rank_grid(
@@ -114,7 +120,7 @@ def rank_grid(
     *,
     gauge: bool = True,
     pivot_cost: Num[ArrayLike, ""] = 0.0,
-    fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0),
+    fractions: tuple[float, ...] = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0),
     max_rank: int | None = None,
 ) -> Int[Array, " ranks"]:
     """Ranks to try: fractions of the largest rank whose factors alone fit the budget (at most `max_rank`).
@@ -242,18 +248,21 @@ def _check(
 class _Price(NamedTuple):
     """What a form may cost; all traced."""
 
-    budget: Num[ArrayLike, ""]
-    pivot_cost: Num[ArrayLike, ""]
+    budget: Float[Array, ""]
+    pivot_cost: Float[Array, ""]
+    gauge: Bool[Array, ""]
 
 
 def _allocate(
-    rank: Int[Array, ""], price: _Price, shape: tuple[int, int, int], bound: int, max_columns: int, gauge: bool
+    rank: Int[Array, ""], price: _Price, shape: tuple[int, int, int], bound: int, max_columns: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """(rank, columns) within the budget: the rank is cut if it must be, columns take what is left."""
     n, p, q = shape
-    costs = pair_cost(jnp.arange(bound + 1, dtype=jnp.int32), n, q, p // q, gauge=gauge, pivot_cost=price.pivot_cost)
+    costs = pair_cost(
+        jnp.arange(bound + 1, dtype=jnp.int32), n, q, p // q, gauge=price.gauge, pivot_cost=price.pivot_cost
+    )
     rank = jnp.clip(rank.astype(jnp.int32), 0, _largest_rank(costs, price.budget))
-    left_over = jnp.asarray(price.budget, jnp.float32) - costs[rank]
+    left_over = price.budget - costs[rank]
     return rank, jnp.clip(jnp.floor(left_over / n), 0, max_columns).astype(jnp.int32)
 
 
@@ -268,13 +277,12 @@ def _solve_rank(
     start: Float[Array, "r_max q"],
     rank: Int[Array, ""],
     price: _Price,
-    gauge: bool,
     options: SpatialOptions,
     max_columns: int,
 ) -> SpatialColumns:
     """Alternate between the first factor and the columns; the best pair met."""
     (n, p), (bound, q), dtype = stats.cross.shape, start.shape, start.dtype
-    rank, count = _allocate(rank, price, (n, p, q), bound, max_columns, gauge)
+    rank, count = _allocate(rank, price, (n, p, q), bound, max_columns)
     used = jnp.arange(bound, dtype=jnp.int32) < rank
     moments = Moments(stats.gram, stats.cross)
     total = jnp.where(stats.target_energy > 0, stats.target_energy, jnp.ones_like(stats.target_energy))
@@ -305,14 +313,13 @@ def _solve_rank(
     return SpatialColumns(first=first, rank=rank, columns=best.columns, error=best.error)
 
 
-@partial(jax.jit, static_argnames=("window", "gauge", "options"))
+@partial(jax.jit, static_argnames=("window", "options"))
 def _best(
     stats: GramStatistics,
     w: Float[Array, "n p"],
     window: tuple[int, ...],
     ranks: Int[Array, " ranks"],
     price: _Price,
-    gauge: bool,
     options: SpatialOptions,
 ) -> SpatialColumns:
     bound, max_columns = _check(stats, w, window, options)
@@ -325,7 +332,7 @@ def _best(
     )
 
     def step(winner: SpatialColumns, rank: Array) -> tuple[SpatialColumns, None]:
-        found = _solve_rank(stats, start, rank, price, gauge, options, max_columns)
+        found = _solve_rank(stats, start, rank, price, options, max_columns)
         return _better(found, winner), None
 
     return lax.scan(step, nothing, ranks)[0]
@@ -349,7 +356,7 @@ def best(
         r kw c_in + r kh n (- r^2 + r pivot_cost in gauge form) + n k <= budget.
 
     For each rank a local optimum: b and S are found by turns, from the SVD of w weighted by the data; k follows from
-    the budget. Compiled once per (n, p, window, number of ranks, gauge, options).
+    the budget. Compiled once per (n, p, window, number of ranks, options).
 
     Args:
         stats: moments, with a ridge: gram must be positive definite in its own precision.
@@ -382,7 +389,8 @@ def best(
             fractions=options.fractions,
             max_rank=options.max_rank,
         )
-    return _best(stats, w, tuple(window), jnp.asarray(ranks), _Price(budget, pivot_cost), gauge, options)
+    price = _Price(jnp.asarray(budget, jnp.float32), jnp.asarray(pivot_cost, jnp.float32), jnp.asarray(gauge))
+    return _best(stats, w, tuple(window), jnp.asarray(ranks, jnp.int32), price, options)
 
 
 def select(

@@ -41,7 +41,7 @@ def _truncate_rank(tail: Float[Array, "n p"], rank: Int[Array, ""]) -> Float[Arr
     small = tail @ tail.T if n <= p else tail.T @ tail
     vectors = jnp.linalg.eigh(small)[1]
     size = small.shape[0]
-    vectors = vectors * (jnp.arange(size) >= size - rank).astype(tail.dtype)[None, :]
+    vectors = vectors * (jnp.arange(size, dtype=rank.dtype) >= size - rank).astype(tail.dtype)[None, :]
     return vectors @ (vectors.T @ tail) if n <= p else (tail @ vectors) @ vectors.T
 
 
@@ -104,7 +104,8 @@ def feature_structure(
         gram: (p, p), centred.
         features: candidate features as combinations of inputs, (q, p).
         kept: which of them the form has.
-        jitter: relative ridge on the features' own Gram matrix: features may be nearly dependent.
+        jitter: relative ridge on the features' own Gram matrix, which may be nearly dependent; at least 10 rounding
+            errors unless 0.
     """
     p = gram.shape[0]
     order = jnp.argsort(jnp.logical_not(kept), stable=True)[:p]
@@ -115,6 +116,7 @@ def feature_structure(
         rows = jnp.concatenate([rows, jnp.zeros((missing, p), gram.dtype)])
         flags = jnp.concatenate([flags, jnp.zeros(missing, bool)])
     inner = rows @ gram @ rows.T
+    jitter = max(jitter, 10 * float(jnp.finfo(gram.dtype).eps)) if jitter else 0.0
     diagonal = jnp.where(flags, jnp.asarray(jitter, gram.dtype) * jnp.diagonal(inner), jnp.ones(p, gram.dtype))
     chol = jnp.linalg.cholesky(inner + jnp.diag(diagonal))
     whiten = solve_triangular(chol, rows, lower=True)

@@ -119,11 +119,12 @@ def _rounds(
     room = budget - basis_cost(rank, problem.n, problem.gauge)
 
     def polish(i: Array, s: tuple) -> tuple:
-        masks, _, best = s
-        u, lost = closed_form(problem, *masks, rank)
+        (free, both), _, best = s
+        masks = free, both
+        u, lost = closed_form(problem, free, both, rank)
         best = _better(_form(problem, masks, rank, lost), best)
-        more = partial(exchange, problem, limit=options.max_exchanges)
-        return lax.cond(i < options.polish, more, lambda u, rank, room, masks: masks, u, rank, room, masks), u, best
+        more = lambda old: exchange(problem, u, rank, room, old, options.max_exchanges)  # noqa: E731
+        return lax.cond(i < options.polish, more, lambda old: old, masks), u, best
 
     def one(_: Array, s: tuple[Array, TwoLevel]) -> tuple[Array, TwoLevel]:
         u, best = s

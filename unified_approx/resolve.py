@@ -37,7 +37,7 @@ def is_factory(network: str) -> bool:
     return ":" in network
 
 
-def factory(network: str) -> Callable[[], nnx.Module]:
+def factory(network: str) -> Callable[[], Any]:
     """The function that `package.module:factory` names; the current folder is searched too.
 
     Raises:

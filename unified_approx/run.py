@@ -23,10 +23,11 @@ from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Rep
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
 from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
-from unified_approx.sites import LayerSite, Observation, Path
+from unified_approx.sites import LayerSite, Path
 from unified_approx.work_dir import WorkDir, fingerprint
 
 _SINGLE_THREADED_BELOW = 2048
+_AGREEMENT = 0.02  # of the largest output: bfloat16 networks stay below it
 
 Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
 
@@ -113,6 +114,10 @@ class Run:
         ]
         done = [row for row in layers if row.status in ("compressed", "diverged")]
         over = [row for row in done if not self._within_budget(row)]
+        gap = self.disagreement(new)
+        notes = [f"{row.name}: {row.reason}" for row in done if row.reason]
+        if not gap <= _AGREEMENT:
+            notes.append(f"the new network's outputs differ from the solved layers' by {gap:.1e} of their size")
         penalised = all(s is None or s.budget is None for s in self.settings.values())
         return Report(
             layers=(*layers, *skipped),
@@ -126,8 +131,23 @@ class Run:
             original_macs=sum(row.original_macs for row in layers),
             seconds=seconds,
             seed=self.arguments.seed,
-            warnings=tuple(f"{row.name}: {row.reason}" for row in done if row.reason),
+            warnings=tuple(notes),
         )
+
+    def disagreement(self, new: nnx.Module) -> float:
+        """Largest relative difference, on the first batch, between the new network and what was solved for.
+
+        A network that uses a layer's weights past the layer itself would show here.
+        """
+        size = examples.count(self.example)
+        expected = jax.tree.leaves(self.capture.outputs()[1])
+        found = jax.tree.leaves(self.arguments.call(new, jax.device_put(self.example)))
+        gaps = [0.0]
+        for want, got in zip(expected, found, strict=True):
+            if np.shape(got)[:1] == (size,) and len(want) >= size and np.issubdtype(want.dtype, np.floating):
+                scale = float(np.max(np.abs(want[:size]))) or 1.0
+                gaps.append(float(np.max(np.abs(want[:size] - np.asarray(got, np.float32)))) / scale)
+        return max(gaps)
 
     def _within_budget(self, row: LayerRow) -> bool:
         settings = next(
@@ -199,6 +219,8 @@ class Run:
         seen = self.capture.observe(site)
         arguments = self.arguments
         problem, held_out = problems(site, seen, self.held_out_from, arguments.rows, arguments.seed)
+        spatial = seen.x.shape[1:-1]
+        del seen  # whole feature maps: hundreds of megabytes that the solve does not need
         shape = site.geometry.matrix_shape
         # Below a few thousand columns a second LAPACK thread costs more than it saves, and far more on a busy machine.
         with threadpool_limits(limits=1 if shape.p < _SINGLE_THREADED_BELOW else None, user_api="blas"):
@@ -210,9 +232,9 @@ class Run:
                 penalties=settings.penalties,
                 options=settings.options,
             )
-        return fit.terms, fit.bias, self._filled(row, site, seen, fit, problem.x.shape[0])
+        return fit.terms, fit.bias, self._filled(row, site, spatial, fit, problem.x.shape[0])
 
-    def _filled(self, row: LayerRow, site: LayerSite, seen: Observation, fit: LayerFit, rows: int) -> LayerRow:
+    def _filled(self, row: LayerRow, site: LayerSite, spatial: tuple[int, ...], fit: LayerFit, rows: int) -> LayerRow:
         if fit.status != "ok":
             reason = "no form gave a finite error; left as it was"
             return replace(row, status="diverged", reason=reason, solve_status=fit.status, rows=rows)
@@ -229,7 +251,7 @@ class Run:
             rank=chosen.rank,
             params=chosen.params,
             index_bits=chosen.index_bits,
-            macs=layer.macs(seen.x.shape[1:-1]) * site.num_calls,
+            macs=layer.macs(spatial) * site.num_calls,
             error_before=fit.linear_errors[0],
             error_before_held_out=fit.linear_errors[1],
             error_after=fit.errors[0],

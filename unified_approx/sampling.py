@@ -47,10 +47,11 @@ def _sample(
     """At most d rows of the given entries of the first axis."""
     positions = sample_positions(len(entries), seen.response.shape[1:-1], d, seed)
     positions[:, 0] = entries[positions[:, 0]]
-    response = jnp.asarray(take_positions(jnp.asarray(seen.response), positions), jnp.float32)
-    offset = None if seen.offset is None else take_positions(jnp.asarray(seen.offset), positions)
+    # Gathered on the host: whole feature maps are never copied to the device.
+    response = jnp.asarray(take_positions(seen.response, positions), jnp.float32)
+    offset = None if seen.offset is None else take_positions(seen.offset, positions)
     return LayerProblem(
-        x=jnp.asarray(sample_rows(jnp.asarray(seen.x), site.geometry, positions), jnp.float32),
+        x=jnp.asarray(sample_rows(seen.x, site.geometry, positions), jnp.float32),
         y=site.activation(response),
         response=response,
         bias=jnp.asarray(site.shift, jnp.float32),
