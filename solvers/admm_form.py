@@ -19,7 +19,8 @@ from solvers.penalties import penalized_fractions
 from solvers.prox import COLUMNS, Grouping, channels
 from solvers.reconstruction import LayerProblem
 
-FRACTIONS = np.geomspace(0.6, 0.01, 12)  # of both maxima: from nothing kept to nearly everything
+_penalties = jax.jit(penalized_fractions, static_argnums=3)
+FRACTIONS = np.geomspace(0.5, 0.01, 9)  # of both maxima: from nothing kept to nearly everything
 
 
 def _grouping(context: Context) -> Grouping:
@@ -71,7 +72,7 @@ def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int
     members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
     problem = _fewer_rows(_solvable(context.problem, options), rows_per_feature)
     fractions = jnp.asarray(FRACTIONS, problem.x.dtype)
-    solutions = path(problem, penalized_fractions(problem, fractions, fractions, grouping), options=options)
+    solutions = path(problem, _penalties(problem, fractions, fractions, grouping), options=options)
     kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members
     ranks = np.asarray(solutions.rank)
     fine = np.asarray(solutions.status) != Status.DIVERGED
@@ -92,7 +93,7 @@ def penalized_candidate(context: Context, fractions: tuple[float, float], option
     """Support and rank of the paper's problem for given penalties, as fractions of their maxima."""
     grouping = _grouping(context)
     problem = _solvable(context.problem, options)
-    solution = solve(problem, penalized_fractions(problem, *fractions, grouping), options=options)
+    solution = solve(problem, _penalties(problem, *fractions, grouping), options=options)
     groups = np.flatnonzero(np.asarray(solution.kept))
     return _candidate(context, grouping, groups, int(solution.rank), int(solution.num_steps))
 

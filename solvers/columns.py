@@ -143,7 +143,8 @@ def column_error(gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[A
     return error_curve(gram, w, kept_first(mask))[jnp.sum(mask)]
 
 
-def _swap(gram: Array, w: Array, mask: Array, max_swaps: Array, block: int) -> Array:
+def _swap(gram: Array, w: Array, mask: Array, max_swaps: Array) -> Array:
+    block = max(PANEL, w.shape[1] // 24)  # a new start costs p^3
     slack = 1 + 100 * float(jnp.finfo(gram.dtype).eps)
 
     def once(s: tuple, q: Array, c: Array) -> tuple:
@@ -188,7 +189,7 @@ def swap(
     Returns:
         The mask with at most `max_swaps` columns exchanged; F is never above that of `mask`.
     """
-    return _swap(*unit_diagonal(gram, w), mask, jnp.asarray(max_swaps).astype(int), PANEL)
+    return _swap(*unit_diagonal(gram, w), mask, jnp.asarray(max_swaps).astype(int))
 
 
 @partial(jax.jit, static_argnames="block")
@@ -222,7 +223,7 @@ def select(
     forward = _eliminate(scaled, wide @ scaled, k, -1.0, block, nothing) < p
 
     def finish(mask: Array) -> tuple[Array, Array]:
-        mask = _swap(scaled, wide, mask, jnp.asarray(max_swaps).astype(int), block)
+        mask = _swap(scaled, wide, mask, jnp.asarray(max_swaps).astype(int))
         return mask, column_error(gram, w, mask)
 
     masks, errors = lax.map(finish, jnp.stack([obs, forward]))

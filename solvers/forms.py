@@ -82,7 +82,9 @@ class Candidate:
     num_steps: int = 0
 
 
-def two_level_candidate(context: Context, free: Array, tail: Array, rank: int, num_steps: int = 0) -> Candidate:
+def two_level_candidate(
+    context: Context, free: Array | np.ndarray, tail: Array | np.ndarray, rank: int, num_steps: int = 0
+) -> Candidate:
     """Candidate with a on the columns `free` and u v on the columns `tail`."""
     structure = column_structure(context.stats.gram, jnp.asarray(free), jnp.asarray(tail), rank)
     masks = np.asarray(free), np.asarray(tail)

@@ -53,7 +53,7 @@ class LayerOptions:
     ridge: float = 1e-6
     refine: RefineOptions | None = RefineOptions()
     refine_within: float = 1.25
-    admm: AdmmOptions = AdmmOptions(max_steps=60, check_every=5, rtol=2e-3)
+    admm: AdmmOptions = AdmmOptions(max_steps=40, check_every=5, rtol=2e-3)
     admm_rows_per_feature: int | None = 8
     float64_up_to: int = 1536
 
@@ -231,7 +231,7 @@ class _Solver:
         done = refine(
             self.problem, self.held_out, stats, structure, trial.matrix, trial.bias, blend, self.options.refine
         )
-        trial.refined = float(jnp.min(done.held_out_errors))
+        trial.refined = float(done.held_out_errors[done.best_step])
         trial.matrix, trial.bias, trial.steps = done.matrix, done.bias, int(done.best_step)
 
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from unified_approx.pipeline import Plan, Result
+    from unified_approx.memory import return_freed_memory
+from unified_approx.pipeline import Plan, Result
 
 _POSITIONAL = ("network", "file")
 DONE, FAILED, BAD_USAGE, BUDGET_NOT_MET = range(4)
@@ -359,4 +360,5 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
+    return_freed_memory()
     app(args=None if argv is None else list(argv))
