@@ -76,7 +76,7 @@ def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int
     kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members
     ranks = np.asarray(solutions.rank)
     fine = np.asarray(solutions.status) != Status.DIVERGED
-    over = [i for i in np.flatnonzero(fine) if _cost(context, kept[i], ranks[i]) > context.budget]
+    over = [i for i in np.flatnonzero(fine) if _cost(context, int(kept[i]), int(ranks[i])) > context.budget]
     if not fine.any():
         return None
     point = over[0] if over else int(np.flatnonzero(fine)[-1])

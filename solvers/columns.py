@@ -21,7 +21,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from solvers.pivots import masked_inverse, no_pivots, pivot, swept
+from solvers.pivots import no_pivots, pivot, swept
 
 MAX_SWAPS = 200
 PANEL = 32  # eliminations gathered into one matrix product: speed only
@@ -44,6 +44,10 @@ def kept_first(mask: Bool[Array, " p"]) -> Int[Array, " p"]:
 def first_of(order: Int[Array, " p"], k: Int[ArrayLike, ""]) -> Bool[Array, " p"]:
     """Mask of the first k columns of an order."""
     return jnp.argsort(order) < k
+
+
+def _inverse(gram: Array) -> Array:
+    return cho_solve((jnp.linalg.cholesky(gram), True), jnp.eye(gram.shape[0], dtype=gram.dtype))
 
 
 def _eliminate(
@@ -91,7 +95,7 @@ def obs_steps(
 
     `gram` is that of `unit_diagonal`, whose ridge bounds the rounding in the inverse.
     """
-    inverse = masked_inverse(gram, jnp.ones(w.shape[1], bool))
+    inverse = _inverse(gram)
     return _eliminate(inverse, w, remove, 1.0, block, locked)
 
 
@@ -260,7 +264,7 @@ def _group_steps(gram: Array, w: Array, members: Array, remove: Array) -> Array:
         rows, inverse = rows - rows[:, columns] @ strip, inverse - inverse[:, columns] @ strip
         return inverse, rows, when.at[gone].set(num), num + 1
 
-    inverse = masked_inverse(gram, jnp.ones(w.shape[1], bool))
+    inverse = _inverse(gram)
     start = (inverse, w, jnp.full(groups, groups, remove.dtype), jnp.zeros((), remove.dtype))
     return lax.while_loop(lambda s: s[3] < remove, body, start)[2]
 

@@ -24,7 +24,6 @@ from solvers.terms import MatrixShape, Term
 # Selection is dominated by LAPACK calls and products; compiling its many small loops costs more than they ever run.
 _QUICK = {"xla_backend_optimization_level": 0}
 _select_columns = jax.jit(lambda gram, w, k: columns.select(gram, w, k), compiler_options=_QUICK)
-_select_groups = jax.jit(lambda gram, w, k, ids: columns.select_groups(gram, w, k, ids), compiler_options=_QUICK)
 _select_two_level = jax.jit(two_level.select, static_argnames=("gauge", "options"), compiler_options=_QUICK)
 _select_sum = jax.jit(two_level.select_sum, static_argnames=("gauge", "options"), compiler_options=_QUICK)
 _select_spatial = jax.jit(spatial.select, static_argnames=("window", "gauge", "options"), compiler_options=_QUICK)
@@ -111,7 +110,7 @@ def column_form(context: Context) -> Candidate | None:
     if members == 1:
         free = _select_columns(context.stats.gram, context.w, k)
     else:
-        free = _select_groups(context.stats.gram, context.w, k, jnp.arange(p) % context.shape.c_in)
+        free = columns.select_groups(context.stats.gram, context.w, k, np.arange(p) % context.shape.c_in)
     return two_level_candidate(context, free, jnp.zeros(p, bool), 0)
 
 

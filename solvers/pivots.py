@@ -99,14 +99,6 @@ def pivot(
     )
 
 
-def masked_inverse(gram: Float[Array, "p p"], mask: Bool[Array, " p"]) -> Float[Array, "p p"]:
-    """Inverse of gram restricted to the flagged columns, zero elsewhere."""
-    both = mask[:, None] & mask[None, :]
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    factor = jax.scipy.linalg.cho_factor(jnp.where(both, gram, eye), lower=True)
-    return jnp.where(both, jax.scipy.linalg.cho_solve(factor, eye), jnp.zeros_like(eye))
-
-
 def swept(
     gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[Array, " p"]
 ) -> tuple[Float[Array, "p p"], Float[Array, "n p"]]:
@@ -116,9 +108,12 @@ def swept(
         (q, c): on S, q = -gram_SS^-1 and c the refitted coefficients; outside, q and c are what remains of gram and
         w gram with S projected out. ||c_j||^2 / |q_jj| is what F loses by adding j, or gains by removing it.
     """
-    cross = w @ gram
-    inverse = masked_inverse(gram, mask)
-    half = inverse @ gram
-    rest = gram - gram @ half
-    q = jnp.where(mask[:, None], jnp.where(mask[None, :], -inverse, half), jnp.where(mask[None, :], half.T, rest))
-    return q, jnp.where(mask[None, :], cross @ inverse, cross - cross @ half)
+    cross, eye = w @ gram, jnp.eye(w.shape[1], dtype=gram.dtype)
+    column, row = mask[:, None], mask[None, :]
+    factor = jax.scipy.linalg.cho_factor(jnp.where(column & row, gram, eye), lower=True)
+    # On rows S: gram_SS^-1 in the columns S, gram_SS^-1 gram_S: in the others. Zero on the other rows.
+    solved = jax.scipy.linalg.cho_solve(factor, jnp.where(row, eye, jnp.where(column, gram, 0)))
+    rest = gram - gram @ solved
+    q = jnp.where(column, jnp.where(row, -solved, solved), jnp.where(row, solved.T, rest))
+    fitted = cross @ solved
+    return q, jnp.where(row, fitted, cross - fitted)

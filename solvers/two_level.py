@@ -39,20 +39,37 @@ from solvers.two_level_steps import (
 )
 
 DEFAULT = TwoLevelOptions()
+SMALL = TwoLevelOptions(rounds=4, finalists=4)
 LARGE = TwoLevelOptions(
-    rounds=1, growth=(1.3, 1.2, 1.1), max_steps=30, polish=1, greedy=False, finalists=1, screen_steps=15
+    rounds=1,
+    growth=(1.3, 1.2, 1.1),
+    max_steps=30,
+    polish=1,
+    greedy=False,
+    pure_columns=False,
+    finalists=1,
+    screen_steps=12,
+    screen_growth=(1.8, 1.6, 1.4),
 )
 
 
 def options_for(p: int) -> TwoLevelOptions:
-    """The schedule for a layer of p columns: `LARGE` beyond 1,500, where a step takes tenths of a second."""
+    """The schedule for a layer of p columns: more tries up to 400, `LARGE` beyond 1,500, where a step is costly."""
+    if p <= 400:
+        return SMALL
     return DEFAULT if p <= 1500 else LARGE
 
 
-def rank_grid(n: int, p: int) -> Int[np.ndarray, " ranks"]:
-    """Ranks worth trying for an (n, p) matrix: eighths of min(n, p), two of them where p > 1,500."""
-    eighths = (2, 3, 4, 5, 6) if p <= 1500 else (3, 5)
-    return np.unique([max(1, min(n, p) * i // 8) for i in eighths])
+def rank_grid(n: int, p: int, *, gauge: bool = True) -> Int[np.ndarray, " ranks"]:
+    """Ranks worth trying for an (n, p) matrix: sixteenths of min(n, p), lower ones without the gauge.
+
+    Where p > 1,500 there are two of them only.
+    """
+    if p > 1500:
+        parts = (6, 10) if gauge else (4, 6)
+    else:
+        parts = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12) if gauge else (1, 2, 3, 4, 5, 6, 8)
+    return np.unique([max(1, min(n, p) * i // 16) for i in parts])
 
 
 @jax.tree_util.register_dataclass
@@ -237,7 +254,7 @@ def best(
     gauge: Bool[ArrayLike, ""] = True,
     options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
-    """The form of least F over several ranks, pure columns and pure low rank included.
+    """The form of least F over several ranks, pure low rank and (`options.pure_columns`) pure columns included.
 
     One short round of ADMM compares the ranks; the `options.finalists` best are solved in full by ADMM and, if
     `options.greedy`, the best of them by the greedy path too.
@@ -265,7 +282,9 @@ def best(
         errors = lax.map(lambda rank: _by_admm(problem, budget, rank, short).error, ranks)
         ranks = ranks[jnp.argsort(errors)[:finalists]]
     forms = lax.map(lambda rank: _by_admm(problem, budget, rank, options), ranks)
-    form = _better(_least(forms), _better(_pure_columns(problem, budget), _pure_low_rank(problem, budget)))
+    form = _better(_least(forms), _pure_low_rank(problem, budget))
+    if options.pure_columns:
+        form = _better(_pure_columns(problem, budget), form)
     if options.greedy:
         form = _better(_by_greedy(problem, budget, ranks[jnp.argmin(forms.error)], options), form)
     return form

@@ -31,6 +31,7 @@ class TwoLevelOptions:
         polish: rounds of exchanges by exact error, each followed by the best U.
         max_exchanges: columns moved in such a round.
         greedy: whether `best` tries the greedy path too.
+        pure_columns: whether `best` tries pure columns too.
         finalists: ranks that `best` solves in full.
         screen_steps: limit on the ADMM steps with which `best` compares the ranks.
         screen_growth: growth there.
@@ -45,6 +46,7 @@ class TwoLevelOptions:
     polish: int = 2
     max_exchanges: int = 100
     greedy: bool = True
+    pure_columns: bool = True
     finalists: int = 2
     screen_steps: int = 45
     screen_growth: tuple[float, float, float] = (1.3, 1.2, 1.1)

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 Batch = PyTree[np.ndarray]
+Given = PyTree[Shaped[np.ndarray | Array, "..."]]
 
 
-def _leading(tree: Batch) -> int:
+def _leading(tree: Given) -> int:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         raise ValueError("calibration: a batch holds no arrays; give an array, or batches of arrays")

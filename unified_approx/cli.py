@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from unified_approx.memory import return_freed_memory
+
 if TYPE_CHECKING:
-    from unified_approx.memory import return_freed_memory
-from unified_approx.pipeline import Plan, Result
+    from unified_approx.pipeline import Plan, Result
 
 _POSITIONAL = ("network", "file")
 DONE, FAILED, BAD_USAGE, BUDGET_NOT_MET = range(4)

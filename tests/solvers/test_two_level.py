@@ -302,10 +302,13 @@ def test_float32_agrees_with_float64():
 
 
 def test_the_schedule_and_the_ranks_depend_on_the_width():
+    assert two_level.options_for(288) == two_level.SMALL
     assert two_level.options_for(576) == two_level.DEFAULT
     assert two_level.options_for(4608) == two_level.LARGE
-    assert two_level.rank_grid(64, 576).tolist() == [16, 24, 32, 40, 48]
+    assert two_level.rank_grid(64, 576).tolist() == [8, 12, 16, 20, 24, 28, 32, 36, 40, 48]
     assert two_level.rank_grid(512, 4608).tolist() == [192, 320]
+    assert two_level.rank_grid(64, 576, gauge=False).tolist() == [4, 8, 12, 16, 20, 24, 32]
+    assert two_level.rank_grid(3, 5).tolist() == [1, 2]
 
 
 def test_a_matrix_of_another_shape_is_refused():

@@ -149,7 +149,6 @@ class Nothing(nnx.Module):
 
 BAD = [
     ({"budget": None}, "budget: none given"),
-    ({"budget": 0.5}, "budget: 0.5 is a float"),
     ({"lambda_sparse": 0.1}, "not both"),
     ({"budget": None, "lambda_sparse": -0.1, "lambda_rank": 0.1}, "lambda_sparse: -0.1"),
     ({"budget": None, "lambda_sparse": 0.1}, "none given"),
@@ -183,7 +182,7 @@ def test_bad_input_is_named(digits, change, message):
         ua.compress(model, calibration, progress=lambda e: None, **arguments)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, 1.5, float("nan"), "half"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.5, float("nan")])
 def test_budgets_outside_the_unit_interval(value):
     with pytest.raises(ValueError, match="not a fraction"):
         ua.Budget(params=value)
