@@ -20,6 +20,7 @@ from solvers.terms import MatrixShape
 from unified_approx import datasets, zoo
 from unified_approx.capture import Capture
 from unified_approx.sampling import problems
+from unified_approx.sites import Observation
 
 FRACTIONS = (0.5, 0.33, 0.2, 0.1)
 LAYERS = {  # network -> layers: three of each resolution, strided ones among them
@@ -30,7 +31,6 @@ LAYERS = {  # network -> layers: three of each resolution, strided ones among th
 }
 WEIGHTS = {"resnet20": "resnet20-cifar10.safetensors", "lenet300": "lenet300-mnist.safetensors"}
 _TRIED = ("columns", "low_rank", "two_level", "spatial", "admm_mm")  # what the final choice looks at
-
 _BASE = LayerOptions(refine_within=inf)
 _SGD = replace(_BASE.admm, m_step=Sgd())
 FORMS: dict[str, LayerOptions] = {
@@ -63,7 +63,7 @@ def real_layers(data_dir: Path | None, models: Path, images: int, seed: int) -> 
             yield f"{network} {site.name}", site.geometry.matrix_shape, rows, held_out, fresh
 
 
-def replace_images(seen: "Observation", images: int) -> "Observation":  # noqa: F821
+def replace_images(seen: Observation, images: int) -> Observation:
     """The observation without the fresh images."""
     keep = seen.image_index < images
     offset = None if seen.offset is None else seen.offset[keep]

@@ -4,6 +4,7 @@ from solvers.activation import IDENTITY, NAMED, RELU, Activation
 from solvers.admm import path, solve
 from solvers.admm_state import AdmmOptions, AdmmSolution, Status
 from solvers.gram import GramStatistics, gram_statistics
+from solvers.layer import LayerFit, LayerOptions
 from solvers.m_step import ExactLinear, MajorizeMinimize
 from solvers.penalties import Constrained, Penalized, lambda_max, penalized_fractions
 from solvers.reconstruction import LayerProblem
@@ -22,6 +23,8 @@ __all__ = [
     "Constrained",
     "ExactLinear",
     "GramStatistics",
+    "LayerFit",
+    "LayerOptions",
     "LayerProblem",
     "MajorizeMinimize",
     "MatrixShape",

@@ -1,6 +1,6 @@
 """Second-order statistics of a layer's data: everything that selection needs, in p x p instead of d x p."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -61,19 +61,18 @@ def gram_statistics(problem: LayerProblem) -> GramStatistics:
     )
 
 
-def with_ridge(stats: GramStatistics, ridge: float) -> GramStatistics:
-    """The statistics with `ridge * tr(gram) / p` added to gram's diagonal; a zero gram becomes the identity."""
+def with_ridge(stats: GramStatistics, ridge: float, towards: Float[Array, "n p"] | None = None) -> GramStatistics:
+    """The statistics with ridge * tr(gram) / p * ||m - towards||^2 added to the mean squared error of every m.
+
+    `towards` is zero by default; the constant of the penalty is not part of `target_energy`. A zero gram becomes the
+    identity.
+    """
     p = stats.gram.shape[0]
     level = jnp.trace(stats.gram) / p
-    shift = jnp.where(level > 0, ridge * level, jnp.ones_like(level))
-    gram = stats.gram + shift.astype(stats.gram.dtype) * jnp.eye(p, dtype=stats.gram.dtype)
-    return GramStatistics(
-        gram=gram,
-        cross=stats.cross,
-        x_mean=stats.x_mean,
-        target_mean=stats.target_mean,
-        target_energy=stats.target_energy,
-    )
+    shift = jnp.where(level > 0, ridge * level, jnp.ones_like(level)).astype(stats.gram.dtype)
+    gram = stats.gram + shift * jnp.eye(p, dtype=stats.gram.dtype)
+    cross = stats.cross if towards is None else stats.cross + shift * towards.astype(stats.cross.dtype)
+    return replace(stats, gram=gram, cross=cross)
 
 
 def least_squares(stats: GramStatistics) -> Float[Array, "n p"]:

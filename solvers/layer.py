@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Float32
 from solvers.admm_form import admm_candidate, penalized_candidate
 from solvers.admm_state import AdmmOptions
 from solvers.forms import FORMS, Candidate, Context
-from solvers.gram import GramStatistics, best_bias, gram_statistics, least_squares, linear_error, with_ridge
+from solvers.gram import GramStatistics, best_bias, gram_statistics, linear_error
 from solvers.reconstruction import LayerProblem, relative_error
 from solvers.refine import RefineOptions, blend_for, refine
+from solvers.ridge import regularize
 from solvers.structure import Structure, fit
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term, total_matrix
 
@@ -37,8 +38,8 @@ class LayerOptions:
             paper's penalised ADMM followed by the refit.
         group: what the sparse part keeps or drops whole: "column" (as in the paper) or "channel".
         gauge: store low-rank factors with an identity block, which saves r^2 values.
-        ridge: added to the Gram matrix, relative to its mean diagonal; 100 times as much when rows are fewer than
-            features.
+        ridge: the least that is added to the Gram matrix, relative to its mean diagonal; `solvers.ridge` says when it
+            is more.
         refine: refinement after the activation, None to skip it.
         refine_within: refine the forms whose error is within this factor of the best one.
         admm: options of the ADMM.
@@ -158,8 +159,9 @@ def _held_linear(problem: LayerProblem, stats: GramStatistics, matrix: Array) ->
 def _measure_rows(
     problem: LayerProblem, stats: GramStatistics, matrix: Array, bias: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Relative squared errors before and after the activation."""
-    return _held_linear(problem, stats, matrix), relative_error(problem, matrix, bias)
+    """Relative squared errors before and after the activation; NaN if the matrix is not finite (a ReLU can hide it)."""
+    linear, error = _held_linear(problem, stats, matrix), relative_error(problem, matrix, bias)
+    return linear, jnp.where(jnp.all(jnp.isfinite(matrix)), error, jnp.nan)
 
 
 @dataclass
@@ -182,20 +184,27 @@ class _Trial:
 class _Solver:
     """One layer's data, statistics and options, through the stages of the front door."""
 
-    def __init__(self, problem: LayerProblem, held_out: LayerProblem, shape: MatrixShape, options: LayerOptions):
+    def __init__(
+        self,
+        problem: LayerProblem,
+        held_out: LayerProblem,
+        shape: MatrixShape,
+        options: LayerOptions,
+        original: Array | None = None,
+    ):
         self.problem, self.held_out, self.shape, self.options = problem, held_out, shape, options
         self.warnings: list[str] = []
-        ridge = options.ridge
         rows = problem.x.shape[0]
-        if rows < shape.p:
-            ridge *= 100
-            self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")
         self.wide = shape.p <= options.float64_up_to
         self.raw = gram_statistics(problem)
         self.held_stats = gram_statistics(held_out)
         with jax.enable_x64(self.wide):
-            self.stats = with_ridge(self._cast(self.raw), ridge)
-            self.w = least_squares(self.stats)
+            if original is not None and problem.weights is not None:
+                original = original * jnp.sqrt(problem.weights)[:, None]
+            both = self._cast(self.raw), self._cast(self.held_stats)
+            self.stats, self.w, ridge = regularize(*both, rows, options.ridge, original)
+        if rows < shape.p or ridge > 1e3 * options.ridge:
+            self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")
 
     def _cast(self, stats: GramStatistics) -> GramStatistics:
         dtype = jnp.float64 if self.wide else jnp.float32
@@ -290,6 +299,7 @@ def solve(
     *,
     budget: float | None = None,
     penalties: tuple[float, float] | None = None,
+    original: Float[Array, "n p"] | None = None,
     options: LayerOptions = LayerOptions(),
 ) -> LayerFit:
     """The best compressed form of one layer.
@@ -304,13 +314,14 @@ def solve(
         budget: stored values, indices counted as bits / 32.
         penalties: instead of a budget, (lambda_sparse, lambda_rank) as fractions of their maxima: the paper's
             penalised ADMM, refitted.
+        original: the layer's own matrix; where rows are few the fit stays near it.
         options: static choices.
 
     Raises:
         ValueError: neither or both of budget and penalties, a budget below `minimum_budget`, or negative penalties.
     """
     _validate(problem, shape, budget, penalties)
-    solver = _Solver(problem, held_out, shape, options)
+    solver = _Solver(problem, held_out, shape, options, original)
     if penalties is not None:
         proposals = {"admm": penalized_candidate(solver.context(0.0), penalties, options.admm)}
     else:

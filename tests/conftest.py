@@ -7,6 +7,8 @@ import pytest
 
 # Small factorisations by OpenBLAS on several threads become a hundred times slower when another process is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# The workers, and the processes that tests start, compile much the same programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

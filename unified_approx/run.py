@@ -7,9 +7,10 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from threadpoolctl import threadpool_limits
 
 from solvers.layer import LayerFit, minimum_budget, solve
@@ -18,6 +19,7 @@ from unified_approx import calibration as examples
 from unified_approx.assemble import get, unfold
 from unified_approx.capture import Capture
 from unified_approx.cost import network_cost
+from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
@@ -230,9 +232,15 @@ class Run:
                 shape,
                 budget=settings.values(site),
                 penalties=settings.penalties,
+                original=self._original(site),
                 options=settings.options,
             )
         return fit.terms, fit.bias, self._filled(row, site, spatial, fit, problem.x.shape[0])
+
+    def _original(self, site: LayerSite) -> Array:
+        """The layer's matrix, with what follows it folded in."""
+        kernel = get(self.model, site.path).kernel[...]
+        return kernel_to_matrix(jnp.asarray(kernel, jnp.float32)) * jnp.asarray(site.scale, jnp.float32)[:, None]
 
     def _filled(self, row: LayerRow, site: LayerSite, spatial: tuple[int, ...], fit: LayerFit, rows: int) -> LayerRow:
         if fit.status != "ok":

@@ -1,0 +1,62 @@
+"""The ridge of a layer's normal equations: as small as allowed with many rows, chosen on held-out rows with few.
+
+The ridge draws towards the layer's original matrix where that is known: what the rows do not determine stays as it was.
+"""
+
+from itertools import accumulate, repeat
+from operator import mul
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from solvers.gram import GramStatistics, least_squares, linear_error, with_ridge
+from solvers.structure import column_structure, fit
+
+SCARCE = 10  # rows per feature below which least squares overfits and a larger ridge is tried
+_LARGEST = 10.0
+_FACTOR = 10.0
+
+
+@jax.jit
+def _held_out_error(stats: GramStatistics, w: Array, held_out: GramStatistics) -> Float[Array, ""]:
+    """Linear error on other rows of the half of the columns with most energy, refitted: a stand-in for every form."""
+    p = w.shape[1]
+    energy = jnp.sum(w * w, axis=0) * jnp.diagonal(stats.gram)
+    kept = jnp.zeros(p, bool).at[jnp.argsort(-energy)[: max(1, p // 2)]].set(True)
+    m = fit(column_structure(stats.gram, kept, jnp.zeros(p, bool), 0), stats.cross)
+    return linear_error(held_out, m.astype(held_out.gram.dtype))
+
+
+def regularize(
+    raw: GramStatistics,
+    held_out: GramStatistics,
+    rows: int,
+    ridge: float,
+    original: Float[Array, "n p"] | None = None,
+) -> tuple[GramStatistics, Float[Array, "n p"], float]:
+    """Statistics with the ridge that serves held-out rows best, their least-squares matrix, and that ridge.
+
+    With `SCARCE` rows per feature or more the first ridge is taken that leaves the Gram matrix positive definite in
+    floating point; with fewer, the one in {ridge, 10 ridge, ..., 10} of least held-out error.
+
+    Args:
+        raw: statistics of the calibration rows.
+        held_out: of other rows.
+        rows: how many calibration rows there are.
+        ridge: the smallest to try, relative to the Gram matrix's mean diagonal.
+        original: what the ridge draws towards; None: zero.
+    """
+    scarce = rows < SCARCE * raw.gram.shape[0]
+    best = None
+    for trial in accumulate(repeat(_FACTOR), mul, initial=ridge):
+        stats = with_ridge(raw, trial, original)
+        w = least_squares(stats)
+        error = float(_held_out_error(stats, w, held_out)) if np.isfinite(w).all() else float("inf")
+        if best is None or error < best[0]:
+            best = (error, stats, w, trial)
+        if (np.isfinite(error) and not scarce) or trial * _FACTOR > _LARGEST:
+            break
+    assert best is not None
+    return best[1:]

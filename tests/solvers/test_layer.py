@@ -1,0 +1,164 @@
+"""The front door of one layer: budgets kept, the best form chosen, trouble reported."""
+
+from dataclasses import replace
+from math import inf
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solvers.layer import FORM_NAMES, LayerOptions, dense, minimum_budget, solve
+from solvers.reconstruction import LayerProblem, relative_error
+from solvers.terms import MatrixShape
+
+SHAPE = MatrixShape((3, 3), 4, 16)
+BUDGET = 0.5 * SHAPE.n * SHAPE.p
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_double_precision():
+    """The front door chooses its precision itself: callers hand it float32."""
+    with jax.enable_x64(False):
+        yield
+
+
+def make(d, seed=0):
+    """Rows of correlated features, and the responses of a matrix that is near low rank."""
+    world, rng = np.random.default_rng(7), np.random.default_rng(seed)
+    n, p = SHAPE.n, SHAPE.p
+    mix = world.normal(size=(p, p)) * np.geomspace(1, 0.05, p)
+    w = world.normal(size=(n, 5)) @ world.normal(size=(5, p)) / np.sqrt(p) + 0.1 * world.normal(size=(n, p))
+    x = np.maximum(rng.normal(size=(d, p)) @ mix.T, 0).astype(np.float32)
+    h = jnp.asarray(x @ w.T.astype(np.float32) - 0.2)
+    problem = LayerProblem(x=jnp.asarray(x), y=jnp.maximum(h, 0), response=h, bias=jnp.full(n, -0.2, jnp.float32))
+    return problem, jnp.asarray(w, jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def solved():
+    rows, held_out = make(4096)[0], make(1024, seed=1)[0]
+    options = LayerOptions(form=FORM_NAMES, refine_within=inf)
+    return rows, held_out, solve(rows, held_out, SHAPE, budget=BUDGET, options=options)
+
+
+def test_every_form_is_within_the_budget_as_stored(solved):
+    fit = solved[2]
+    assert set(fit.forms) == set(FORM_NAMES)
+    for result in fit.forms.values():
+        assert 0.8 * BUDGET < result.params + result.index_bits / 32 <= BUDGET
+
+
+def test_the_winner_is_the_best_on_held_out_rows_and_stored_as_measured(solved):
+    rows, held_out, fit = solved
+    assert fit.forms[fit.form].error == min(result.error for result in fit.forms.values())
+    matrix, bias = jnp.asarray(fit.matrix(SHAPE)), jnp.asarray(fit.bias)
+    for problem, error in zip((rows, held_out), fit.errors, strict=True):
+        np.testing.assert_allclose(relative_error(problem, matrix, bias), error, rtol=1e-3)
+
+
+def test_refinement_only_helps_and_two_levels_contain_columns(solved):
+    forms = solved[2].forms
+    assert all(result.refined <= result.selected for result in forms.values())
+    assert forms["two_level"].linear <= forms["columns"].linear
+
+
+def test_one_form_by_name(solved):
+    rows, held_out, both = solved
+    fit = solve(rows, held_out, SHAPE, budget=BUDGET, options=LayerOptions(form="columns", refine=None))
+    assert set(fit.forms) == {"columns"}
+    assert fit.forms["columns"].refined is None
+    np.testing.assert_allclose(fit.forms["columns"].selected, both.forms["columns"].selected, rtol=1e-4)
+
+
+def test_whole_channels(solved):
+    rows, held_out, _ = solved
+    options = LayerOptions(form="columns", group="channel", refine=None)
+    kept = np.any(solve(rows, held_out, SHAPE, budget=BUDGET, options=options).matrix(SHAPE) != 0, axis=0)
+    by_channel = kept.reshape(9, SHAPE.c_in)
+    assert np.all(by_channel == by_channel[:1])
+    assert 0 < kept.sum() < SHAPE.p
+
+
+def test_larger_penalties_keep_less(solved):
+    rows, held_out, _ = solved
+    fits = [solve(rows, held_out, SHAPE, penalties=(f, f)) for f in (0.02, 0.2)]
+    assert fits[0].forms["admm"].params > fits[1].forms["admm"].params
+    assert fits[0].errors[1] < fits[1].errors[1]
+
+
+def test_output_weights_move_the_error_where_they_are_small():
+    rows, held_out = make(4096)[0], make(1024, seed=1)[0]
+    weights = jnp.where(jnp.arange(SHAPE.n) < 4, 25.0, 1.0)
+    options = LayerOptions(form=("columns", "low_rank"), refine=None)
+
+    def error_of_heavy_outputs(problem, other):
+        fit = solve(problem, other, SHAPE, budget=0.3 * BUDGET, options=options)
+        heavy = replace(held_out, weights=(weights > 1).astype(jnp.float32))
+        return relative_error(heavy, jnp.asarray(fit.matrix(SHAPE)), jnp.asarray(fit.bias))
+
+    weighted = error_of_heavy_outputs(replace(rows, weights=weights), replace(held_out, weights=weights))
+    assert weighted < error_of_heavy_outputs(rows, held_out)
+
+
+def test_dependent_features_get_the_ridge_they_need():
+    """Copies of columns: float32 moments are then indefinite by more than the smallest ridge."""
+    problem, w = make(4096)
+    x = jnp.concatenate([problem.x, problem.x * 100, problem.x * (1 + 1e-4)], axis=1)
+    rows = replace(problem, x=x)
+    shape = MatrixShape((3, 3), 3 * SHAPE.c_in, SHAPE.n)
+    options = LayerOptions(form=("columns", "low_rank"), refine=None, ridge=1e-12, float64_up_to=0)
+    fit = solve(rows, rows, shape, budget=float(SHAPE.n * SHAPE.p), original=jnp.tile(w, (1, 3)), options=options)
+    assert fit.status == "ok"
+    assert fit.errors[1] < 0.05
+
+
+def test_few_rows_stay_near_the_original():
+    (rows, w), held_out = make(40), make(1024, seed=1)[0]
+    options = LayerOptions(form="columns", refine=None)
+    plain = solve(rows, held_out, SHAPE, budget=BUDGET, options=options)
+    known = solve(rows, held_out, SHAPE, budget=BUDGET, original=w, options=options)
+    assert known.errors[1] < plain.errors[1]
+    assert any("40 rows for 36 features" in warning for warning in plain.warnings)
+
+
+def test_a_response_without_numbers_is_a_status():
+    rows, held_out = make(512)[0], make(128, seed=1)[0]
+    broken = replace(rows, y=rows.y * jnp.nan, response=rows.response * jnp.nan)
+    fit = solve(broken, held_out, SHAPE, budget=BUDGET, options=LayerOptions(form="columns"))
+    assert (fit.status, fit.form, fit.terms) == ("diverged", "dense", ())
+
+
+def test_dense_is_the_layer_itself():
+    problem, w = make(64)
+    fit = dense(problem, w, problem.bias)
+    np.testing.assert_array_equal(fit.matrix(SHAPE), w)
+    assert fit.form == "dense"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one"),
+        ({"budget": BUDGET, "penalties": (0.1, 0.1)}, "exactly one"),
+        ({"budget": 3.0}, f"below the smallest reachable, {minimum_budget(SHAPE):g}"),
+        ({"penalties": (-0.1, 0.1)}, r"penalties: \(-0.1, 0.1\)"),
+        ({"penalties": (0.1, float("nan"))}, "fractions of the maxima"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    rows = make(64)[0]
+    with pytest.raises(ValueError, match=message):
+        solve(rows, rows, SHAPE, **arguments)
+
+
+def test_rows_of_another_layer():
+    rows = make(64)[0]
+    with pytest.raises(ValueError, match="36 features and 16 outputs"):
+        solve(rows, rows, MatrixShape((3, 3), 5, 16), budget=BUDGET)
+
+
+@pytest.mark.parametrize("options", [{"form": "wavelets"}, {"form": ()}, {"group": "row"}])
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LayerOptions(**options)
