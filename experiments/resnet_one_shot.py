@@ -22,7 +22,7 @@ import typer
 
 import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
-from unified_approx.memory import return_freed_memory
+from unified_approx.memory import compact
 from unified_approx.results import check, network_row, peak_rss_mb, write_results
 
 KEEP = (ua.Rule(path="conv1", keep=True), ua.Rule(path="fc", keep=True))
@@ -178,11 +178,11 @@ def main(
 ) -> None:
     """Make the table."""
     start = time.perf_counter()
-    return_freed_memory()
     work_dir.mkdir(parents=True, exist_ok=True)
     if one is not None:
         target = next(t for t in TARGETS if t.name == one)
-        write_one(target, models, data, seed, count, work_dir)
+        with compact():
+            write_one(target, models, data, seed, count, work_dir)
         return
     count, seeds = (300, 1) if quick else (count, seeds)
     rows = []

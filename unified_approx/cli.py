@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unified_approx.memory import return_freed_memory
+from unified_approx.memory import compact
 
 if TYPE_CHECKING:
     from unified_approx.pipeline import Plan, Result
@@ -183,9 +183,10 @@ def compress(
             _show_plan(console, pipeline.plan(model, examples, rows=rows, **settings))
             return
         reference = accuracy(model, images.x_test, images.y_test)
-        result = pipeline.compress(
-            model, examples, options=options, rows=rows, seed=seed, work_dir=work_dir, **settings
-        )
+        with compact():
+            result = pipeline.compress(
+                model, examples, options=options, rows=rows, seed=seed, work_dir=work_dir, **settings
+            )
         result = comparison.with_fastest_executions(result, images.x_test)
         row = comparison.compare(
             network,
@@ -361,5 +362,4 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
-    return_freed_memory()
     app(args=None if argv is None else list(argv))
