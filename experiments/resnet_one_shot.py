@@ -52,18 +52,20 @@ def calibration_images(images: np.ndarray, count: int, seed: int) -> np.ndarray:
     return images[np.random.default_rng(seed).choice(len(images), count, replace=False)]
 
 
-def one_run(target: Target, models: Path, data: datasets.Dataset, seed: int, count: int, file: Path) -> dict[str, Any]:
+def one_run(target: Target, models: Path, data_dir: Path | None, seed: int, count: int, file: Path) -> dict[str, Any]:
     """Compress once; what was measured."""
-    entry = zoo.entry(target.network)
+    entry, data = zoo.entry(target.network), datasets.load("cifar10", data_dir)
     model = zoo.load(target.network, models / WEIGHTS[target.network])
     images = entry.preprocess(calibration_images(data.x_train, count, seed))
+    raw, labels = data.x_test, data.y_test
+    del data  # the training images that were not drawn are no part of what a run needs
     start = time.perf_counter()
     result = ua.compress(model, images, budget=ua.Budget(params=1 / target.ratio), rules=KEEP, seed=seed)
     seconds = time.perf_counter() - start
-    test = entry.preprocess(data.x_test)
+    test = entry.preprocess(raw)
     file_bytes = result.save(file)
     reference, logits = (evaluate.predict(m, test) for m in (model, result.model))
-    correct = [float(100 * np.mean(np.argmax(z, axis=1) == data.y_test)) for z in (reference, logits)]
+    correct = [float(100 * np.mean(np.argmax(z, axis=1) == labels)) for z in (reference, logits)]
     chosen = [row for row in result.report.layers if row.status == "compressed"]
     return {
         "seed": seed,
@@ -140,9 +142,8 @@ def in_own_process(
 
 def write_one(target: Target, models: Path, data_dir: Path | None, seed: int, count: int, work: Path) -> None:
     """The body of `in_own_process`."""
-    data = datasets.load("cifar10", data_dir)
     stem = f"{target.network}-{target.ratio:g}-{count}-{seed}"
-    run = one_run(target, models, data, seed, count, work / f"{stem}.safetensors")
+    run = one_run(target, models, data_dir, seed, count, work / f"{stem}.safetensors")
     partial = work / f"{stem}.partial"
     partial.write_text(json.dumps(run))
     partial.rename(work / f"{stem}.json")

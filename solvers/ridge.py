@@ -53,10 +53,11 @@ def regularize(
     for trial in accumulate(repeat(_FACTOR), mul, initial=ridge):
         stats = with_ridge(raw, trial, original)
         w = least_squares(stats)
-        error = float(_held_out_error(stats, w, held_out)) if np.isfinite(w).all() else float("inf")
-        if best is None or error < best[0]:
+        definite = bool(np.isfinite(w).all())
+        error = float(_held_out_error(stats, w, held_out)) if definite and scarce else float("inf")
+        if best is None or error < best[0] or not scarce:
             best = (error, stats, w, trial)
-        if (np.isfinite(error) and not scarce) or trial * _FACTOR > _LARGEST:
+        if (definite and not scarce) or trial * _FACTOR > _LARGEST:
             break
     assert best is not None
     return best[1:]

@@ -222,11 +222,15 @@ def take_positions(
 def _gather(x: np.ndarray, image: np.ndarray, place: np.ndarray, g: Geometry) -> np.ndarray:
     spatial = np.asarray(x.shape[1:-1])
     corner = place * g.strides - [low for low, _ in explicit_padding(x.shape[1:-1], g)]
-    rows = np.zeros((len(image), prod(g.window), x.shape[-1]), x.dtype)
-    for i, offset in enumerate(product(*map(range, g.window))):
-        pixel = corner + np.multiply(offset, g.dilation)
-        inside = np.all((pixel >= 0) & (pixel < spatial), axis=1)
-        rows[inside, i] = x[(image[inside], *pixel[inside].T)]
+    taps = np.multiply(list(product(*map(range, g.window))), g.dilation)
+    pixel = corner[:, None, :] + taps[None, :, :]
+    outside = np.any((pixel < 0) | (pixel >= spatial), axis=2)
+    number = image[:, None] * prod(x.shape[1:-1])
+    for axis, size in enumerate(spatial):
+        number = number + np.clip(pixel[:, :, axis], 0, size - 1) * prod(x.shape[axis + 2 : -1])
+    # One `take` of whole pixels, several times faster than a fancy index per window position.
+    rows = np.take(x.reshape(-1, x.shape[-1]), number, axis=0, mode="clip")
+    rows[outside] = 0
     return rows.reshape(len(image), -1)
 
 
