@@ -22,6 +22,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from solvers.admm_state import (
@@ -267,6 +268,7 @@ def _path(
     start: AdmmSolution | Float[Array, "n p"] | None,
     key: Key[Array, ""] | None,
     t: Float[Array, ""] | None,
+    until: Partial | None,
     *,
     options: AdmmOptions,
 ) -> AdmmSolution:
@@ -276,11 +278,15 @@ def _path(
     # The scan's carry is a solution; before the first penalty it is a state that has not moved.
     before = to_solution(init(problem, first, prepared, options, start=start, key=key, t=t))
 
-    def body(previous: AdmmSolution, penalty: Penalty) -> tuple[AdmmSolution, AdmmSolution]:
-        solution = _run(problem, penalty, prepared, options, previous, key, None)
-        return solution, _in_features(solution, inverse)
+    def body(carry: tuple[AdmmSolution, Array], penalty: Penalty) -> tuple[tuple[AdmmSolution, Array], AdmmSolution]:
+        previous, over = carry
+        solution = lax.cond(
+            over, lambda: previous, lambda: _run(problem, penalty, prepared, options, previous, key, None)
+        )
+        over = over if until is None else over | until(solution)
+        return (solution, over), _in_features(solution, inverse)
 
-    return lax.scan(body, before, penalties)[1]
+    return lax.scan(body, (before, jnp.zeros((), bool)), penalties)[1]
 
 
 def _check(
@@ -340,6 +346,7 @@ def path(
     start: AdmmSolution | Float[Array, "n p"] | None = None,
     key: Key[Array, ""] | None = None,
     t: Float[Array, ""] | float | None = None,
+    until: Partial | None = None,
 ) -> AdmmSolution:
     """Solves a stack of penalties one after the other, each started from the last one's solution and t.
 
@@ -353,6 +360,8 @@ def path(
         start: as in `solve`, for the first.
         key: as in `solve`.
         t: as in `solve`, for the first.
+        until: traced predicate of a solution, a `jax.tree_util.Partial`; after the first solution of which it is true
+            the others are not solved, and repeat that one.
 
     Returns:
         A solution whose fields have a leading axis, one entry per penalty.
@@ -364,4 +373,4 @@ def path(
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ValueError(f"penalties have leading axes {sorted(lengths)}: pass values of one common length >= 1")
     _check(problem, penalties, options, start, t)
-    return _path(problem, penalties, start, key, t, options=options)
+    return _path(problem, penalties, start, key, t, until, options=options)

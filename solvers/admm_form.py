@@ -9,6 +9,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array
 
 from solvers.activation import IDENTITY, RELU
 from solvers.admm import path, solve
@@ -50,6 +52,22 @@ def _cost(context: Context, kept: int, rank: int) -> float:
     return n * kept + rank * (p - kept + u) + 2 * context.index_cost + rank * context.pivot_cost
 
 
+def _budget_terms(context: Context, members: int) -> tuple[Array, ...]:
+    """What `_over_budget` needs, as traced values: other budgets do not compile anew."""
+    sizes = (context.shape.n, context.shape.p, members)
+    values = (*sizes, context.gauge, context.pivot_cost, context.budget - 2 * context.index_cost)
+    return tuple(jnp.asarray(value, jnp.float32) for value in values)
+
+
+def _over_budget(
+    n: Array, p: Array, members: Array, gauge: Array, pivot_cost: Array, budget: Array, solution: AdmmSolution
+) -> Array:
+    """`_cost` above the budget, under jit."""
+    kept = jnp.sum(solution.kept).astype(jnp.float32) * members
+    rank = solution.rank.astype(jnp.float32)
+    return n * kept + rank * (p - kept + n - gauge * rank + pivot_cost) > budget
+
+
 def _largest_fit(context: Context, order: np.ndarray, rank: int, members: int) -> tuple[int, int]:
     """(kept groups, rank) within the budget: the rank lowered until at least as many columns as rank fit beside it."""
     for r in range(rank, -1, -1):
@@ -72,7 +90,8 @@ def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int
     members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
     problem = _fewer_rows(_solvable(context.problem, options), rows_per_feature)
     fractions = jnp.asarray(FRACTIONS, problem.x.dtype)
-    solutions = path(problem, _penalties(problem, fractions, fractions, grouping), options=options)
+    over_budget = Partial(_over_budget, *_budget_terms(context, members))
+    solutions = path(problem, _penalties(problem, fractions, fractions, grouping), options=options, until=over_budget)
     kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members
     ranks = np.asarray(solutions.rank)
     fine = np.asarray(solutions.status) != Status.DIVERGED

@@ -28,6 +28,18 @@ _select_two_level = jax.jit(two_level.select, static_argnames=("gauge", "options
 _select_sum = jax.jit(two_level.select_sum, static_argnames=("gauge", "options"), compiler_options=_QUICK)
 _select_spatial = jax.jit(spatial.select, static_argnames=("window", "gauge", "options"), compiler_options=_QUICK)
 
+_column_structure = jax.jit(column_structure, compiler_options=_QUICK)
+_spatial_structure = jax.jit(
+    lambda gram, first, rank, kept, window, c_in: feature_structure(
+        gram, *spatial.features(first, rank, kept, window, c_in)
+    ),
+    static_argnums=(4, 5),
+    compiler_options=_QUICK,
+)
+_spatial_ranks = jax.jit(
+    spatial.rank_grid, static_argnums=(0, 1, 2), static_argnames=("gauge", "fractions"), compiler_options=_QUICK
+)
+
 _SPATIAL_FRACTIONS = (0.4, 0.7, 0.85, 1.0)  # of the largest rank that the budget pays for
 
 Extract = Callable[[np.ndarray], tuple[Term, ...]]
@@ -85,7 +97,7 @@ def two_level_candidate(
     context: Context, free: Array | np.ndarray, tail: Array | np.ndarray, rank: int, num_steps: int = 0
 ) -> Candidate:
     """Candidate with a on the columns `free` and u v on the columns `tail`."""
-    structure = column_structure(context.stats.gram, jnp.asarray(free), jnp.asarray(tail), rank)
+    structure = _column_structure(context.stats.gram, jnp.asarray(free), jnp.asarray(tail), rank)
     masks = np.asarray(free), np.asarray(tail)
     return Candidate(structure, lambda m: extract_two_level(m, *masks, rank, gauge=context.gauge), num_steps)
 
@@ -140,14 +152,17 @@ def two_level_form(context: Context) -> Candidate | None:
     if context.group == "channel":
         return None
     options = two_level.options_for(context.shape.p)
-    found = [
-        _select_two_level(context.stats, context.w, budget, rank, gauge=context.gauge, options=options)
-        for rank in _rank_grid(context)
-        if (budget := _two_level_budget(context, rank))
-    ]
-    if not found:
+
+    def select(rank: int, rounds: int) -> two_level.TwoLevel:
+        budget = _two_level_budget(context, rank)
+        more = {"gauge": context.gauge, "rounds": rounds, "options": options}
+        return _select_two_level(context.stats, context.w, budget, rank, **more)
+
+    short = {rank: select(rank, 1) for rank in _rank_grid(context) if _two_level_budget(context, rank)}
+    if not short:
         return None
-    best = min(found, key=lambda form: float(form.error))
+    rank = min(short, key=lambda rank: float(short[rank].error))
+    best = short[rank] if options.rounds == 1 else select(rank, options.rounds)
     return two_level_candidate(context, best.free, best.tail, int(best.rank))
 
 
@@ -168,7 +183,7 @@ def spatial_form(context: Context) -> Candidate | None:
         return None
     budget = int(context.budget - context.index_cost)
     pivot_cost = ceil(log2(window[1] * c_in)) / 32 if context.gauge else 0.0
-    ranks = spatial.rank_grid(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
+    ranks = _spatial_ranks(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
     options = spatial.SpatialOptions.for_size(n, p, window)
     select = partial(_select_spatial, gauge=context.gauge, pivot_cost=pivot_cost, options=options)
     found = [
@@ -177,8 +192,7 @@ def spatial_form(context: Context) -> Candidate | None:
     if not found:
         return None
     best = min(found, key=lambda form: float(form.error))
-    rows, kept = spatial.features(best.first, best.rank, best.columns, window, c_in)
-    structure = feature_structure(context.stats.gram, rows, kept)
+    structure = _spatial_structure(context.stats.gram, best.first, best.rank, best.columns, window, c_in)
     first, rank, mask = np.asarray(best.first), int(best.rank), np.asarray(best.columns)
     return Candidate(structure, lambda m: extract_spatial(m, first, rank, mask, window, c_in, gauge=context.gauge))
 

@@ -131,6 +131,7 @@ def _rounds(
     options: TwoLevelOptions,
     choose: Callable[[Array, Array, Array], tuple[Array, Array]],
     start: Array,
+    rounds: ArrayLike | None = None,
 ) -> TwoLevel:
     """`choose(u, rank, room)` -> (S1, S2), the best U for them, exchanges, and again; the best form met."""
     room = budget - basis_cost(rank, problem.n, problem.gauge)
@@ -148,7 +149,7 @@ def _rounds(
         return lax.fori_loop(0, options.polish + 1, polish, (choose(u, rank, room), u, best))[1:]
 
     nothing = _nothing(problem)
-    best = lax.fori_loop(0, options.rounds, one, (start, nothing))[1]
+    best = lax.fori_loop(0, options.rounds if rounds is None else rounds, one, (start, nothing))[1]
     # Without room for U there is no form of this rank.
     return jax.tree.map(lambda a, b: jnp.where(room >= 0, a, b), best, nothing)
 
@@ -157,9 +158,11 @@ def _clip_rank(problem: TwoLevelProblem, rank: ArrayLike) -> Array:
     return jnp.clip(jnp.asarray(rank).astype(int), 0, problem.w.shape[0])
 
 
-def _by_admm(problem: TwoLevelProblem, budget: Array, rank: Array, options: TwoLevelOptions) -> TwoLevel:
+def _by_admm(
+    problem: TwoLevelProblem, budget: Array, rank: Array, options: TwoLevelOptions, rounds: ArrayLike | None = None
+) -> TwoLevel:
     start = leading(problem.cross @ problem.w.T, rank)[0]
-    return _rounds(problem, budget, rank, options, partial(admm, problem, options=options), start)
+    return _rounds(problem, budget, rank, options, partial(admm, problem, options=options), start, rounds)
 
 
 def _by_greedy(problem: TwoLevelProblem, budget: Array, rank: Array, options: TwoLevelOptions) -> TwoLevel:
@@ -205,6 +208,7 @@ def select(
     rank: Int[ArrayLike, ""],
     *,
     gauge: Bool[ArrayLike, ""] = True,
+    rounds: Int[ArrayLike, ""] | None = None,
     options: TwoLevelOptions | None = None,
 ) -> TwoLevel:
     """A two-level form of a given rank with a low F, by constraint ADMM and exchanges.
@@ -215,6 +219,7 @@ def select(
         budget: stored values the form may have, traced; `cost` never exceeds it.
         rank: r, traced; beyond [0, min(n, p)] it counts as the nearer end. 0 gives pure columns.
         gauge: whether u is stored with an identity block, traced.
+        rounds: in place of the schedule's, traced: one is enough to compare ranks.
         options: schedule; None takes `options_for(p)`.
 
     Returns:
@@ -225,7 +230,7 @@ def select(
     """
     options = _checked(stats, w, options)
     problem = prepare(stats, w, gauge)
-    return _by_admm(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options)
+    return _by_admm(problem, jnp.asarray(budget).astype(int), _clip_rank(problem, rank), options, rounds)
 
 
 @partial(jax.jit, static_argnames="options")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,7 +25,7 @@ from unified_approx.layers import Factored, factored_class
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
-from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
+from unified_approx.settings import Arguments, Call, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
 from unified_approx.work_dir import WorkDir, fingerprint
 
@@ -32,6 +33,17 @@ _SINGLE_THREADED_BELOW = 2048
 _AGREEMENT = 0.02  # of the largest output: bfloat16 networks stay below it
 
 Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
+
+
+@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+def _run_once(call: Call, graphdef: Any, state: Any, batch: Any) -> Any:
+    """One batch through a network; compiled in a hurry, because it is the only one."""
+    return call(nnx.merge(graphdef, state), batch)
+
+
+def _kind(site: LayerSite) -> tuple[Any, ...]:
+    """Layers of one kind share a compiled solve."""
+    return site.geometry.matrix_shape, site.activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,7 @@ class Run:
         self.example = batches[0]
         self.capture = Capture(model, [(batch,) for batch in batches], call=arguments.call)
         self.settings = self._settle()
+        self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.warnings: list[str] = []
 
     def _settle(self) -> dict[Path, Settings | None]:
@@ -143,7 +156,8 @@ class Run:
         """
         size = examples.count(self.example)
         expected = jax.tree.leaves(self.capture.outputs()[1])
-        found = jax.tree.leaves(self.arguments.call(new, jax.device_put(self.example)))
+        new.eval()
+        found = jax.tree.leaves(_run_once(self.arguments.call, *nnx.split(new), jax.device_put(self.example)))
         gaps = [0.0]
         for want, got in zip(expected, found, strict=True):
             if np.shape(got)[:1] == (size,) and len(want) >= size and np.issubdtype(want.dtype, np.floating):
@@ -220,7 +234,9 @@ class Run:
         """Solve one layer; the terms, the bias and the filled row."""
         seen = self.capture.observe(site)
         arguments = self.arguments
-        problem, held_out = problems(site, seen, self.held_out_from, arguments.rows, arguments.seed)
+        problem, held_out = problems(
+            site, seen, self.held_out_from, arguments.rows, arguments.seed, with_offset=_kind(site) in self.branched
+        )
         spatial = seen.x.shape[1:-1]
         del seen  # whole feature maps: hundreds of megabytes that the solve does not need
         shape = site.geometry.matrix_shape

@@ -1,5 +1,6 @@
 """From what a layer sees to the rows its solver works on."""
 
+from dataclasses import replace
 from math import prod
 
 import jax.numpy as jnp
@@ -22,7 +23,13 @@ def default_rows(p: int, available: int) -> int:
 
 
 def problems(
-    site: LayerSite, seen: Observation, held_out_from: int, rows: int | None, seed: int
+    site: LayerSite,
+    seen: Observation,
+    held_out_from: int,
+    rows: int | None,
+    seed: int,
+    *,
+    with_offset: bool = False,
 ) -> tuple[LayerProblem, LayerProblem]:
     """Sampled rows of the calibration images, and a quarter as many of the held-out images.
 
@@ -32,12 +39,16 @@ def problems(
         held_out_from: images with this number and above are held out.
         rows: how many rows, or None for `default_rows`.
         seed: of the sampled positions.
+        with_offset: give a layer without a shortcut branch an offset of zeros, so that it shares the compiled solve of
+            one that has a branch.
     """
     held = seen.image_index >= held_out_from
     fitted, other = np.flatnonzero(~held), np.flatnonzero(held)
     positions = prod(seen.response.shape[1:-1])
     available = len(fitted) * positions
     d = min(available, rows or default_rows(site.geometry.matrix_shape.p, available))
+    if with_offset and seen.offset is None:
+        seen = replace(seen, offset=np.broadcast_to(np.float32(0), seen.response.shape))
     return _sample(site, seen, fitted, d, seed), _sample(site, seen, other, max(1, d // 4), seed)
 
 

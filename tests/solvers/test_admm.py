@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from solvers import admm
 from solvers.activation import IDENTITY, NAMED, RELU, Activation
@@ -418,3 +419,20 @@ def test_solution_is_a_pytree_with_named_fields():
     doubled = jax.tree.map(lambda v: v, solution)
     assert isinstance(doubled, AdmmSolution)
     np.testing.assert_array_equal(doubled.kept, solution.kept)
+
+
+def more_columns_than(limit, solution):
+    return jnp.sum(solution.kept) > limit
+
+
+def test_a_path_stops_where_it_is_told_to():
+    problem = layer(RELU)
+    levels = jnp.geomspace(0.5, 0.02, 5)
+    penalties = penalized_fractions(problem, levels, levels)
+    full = path(problem, penalties)
+    limit = jnp.sum(full.kept[2])
+    cut = path(problem, penalties, until=Partial(more_columns_than, limit - 1))
+    stop = int(jnp.argmax(jnp.sum(full.kept, axis=1) >= limit))
+    np.testing.assert_array_equal(cut.kept[: stop + 1], full.kept[: stop + 1])
+    for later in range(stop + 1, 5):
+        np.testing.assert_array_equal(cut.split[later], cut.split[stop])
