@@ -225,11 +225,11 @@ def _gather(x: np.ndarray, image: np.ndarray, place: np.ndarray, g: Geometry) ->
     taps = np.multiply(list(product(*map(range, g.window))), g.dilation)
     pixel = corner[:, None, :] + taps[None, :, :]
     outside = np.any((pixel < 0) | (pixel >= spatial), axis=2)
-    number = np.asarray(image[:, None] * prod(x.shape[1:-1]), np.int64)
+    number: Int[np.ndarray, "d taps"] = image[:, None] * prod(x.shape[1:-1])
     for axis, size in enumerate(spatial):
         number = number + np.clip(pixel[:, :, axis], 0, size - 1) * prod(x.shape[axis + 2 : -1])
     # One `take` of whole pixels, several times faster than a fancy index per window position.
-    rows = np.take(x.reshape(-1, x.shape[-1]), number, axis=0, mode="clip")
+    rows = np.take(x.reshape(-1, x.shape[-1]), number.astype(np.intp), axis=0, mode="clip")
     rows[outside] = 0
     return rows.reshape(len(image), -1)
 

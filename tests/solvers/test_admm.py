@@ -429,9 +429,9 @@ def test_a_path_stops_where_it_is_told_to():
     problem = layer(RELU)
     levels = jnp.geomspace(0.5, 0.02, 5)
     penalties = penalized_fractions(problem, levels, levels)
-    full = path(problem, penalties)
+    full = admm.path(problem, penalties)
     limit = jnp.sum(full.kept[2])
-    cut = path(problem, penalties, until=Partial(more_columns_than, limit - 1))
+    cut = admm.path(problem, penalties, until=Partial(more_columns_than, limit - 1))
     stop = int(jnp.argmax(jnp.sum(full.kept, axis=1) >= limit))
     np.testing.assert_array_equal(cut.kept[: stop + 1], full.kept[: stop + 1])
     for later in range(stop + 1, 5):
