@@ -1,6 +1,6 @@
 """The layer solvers, measured: optimality, errors of every form at equal cost, speed.
 
-    python experiments/bench_solver.py [--part convex|relu|forms|race|all] --data DIR --models DIR [--quick]
+    python experiments/bench_solver.py [--part convex|relu|forms|race|speed|all] --data DIR --models DIR [--quick]
 
 Each part's rows are kept in the work folder as they come, so that a killed run resumes.
 """
@@ -130,7 +130,8 @@ def main(
         if part in ("speed", "all"):
             rows += kept(work, f"speed-{p}", lambda n=n, p=p, d=d: [default_solver_race(n, p, d, seed)])
     checks = checks_of(rows)
-    command = f"python experiments/bench_solver.py --part {part}" + (" --quick" if quick else "")
+    command = f"python experiments/bench_solver.py --part {part} --seconds-cap {seconds_cap:g}"
+    command += " --quick" if quick else ""
     write_results(json_file, command, rows, checks, seconds=time.perf_counter() - start, seed=seed, quick=quick)
     print(json.dumps(checks, indent=1))
 

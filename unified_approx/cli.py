@@ -363,3 +363,7 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process with its code."""
     app(args=None if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    main()
