@@ -1,6 +1,6 @@
 """The layer solvers, measured: optimality, errors of every form at equal cost, speed.
 
-    python experiments/bench_solver.py [--part convex|relu|forms|race|speed|all] --data DIR --models DIR [--quick]
+    python experiments/bench_solver.py [--part convex,relu,forms,race,speed | all] --data DIR --models DIR [--quick]
 
 Each part's rows are kept in the work folder as they come, so that a killed run resumes.
 """
@@ -117,17 +117,18 @@ def main(
     work = work_dir / ("quick" if quick else "full")
     work.mkdir(parents=True, exist_ok=True)
     rows: Rows = []
-    if part in ("convex", "all"):
+    wanted = set(part.split(","))
+    if not wanted.isdisjoint({"convex", "all"}):
         rows += kept(work, "convex", lambda: convex_optimality(3 if quick else 30, seed))
-    if part in ("relu", "all"):
+    if not wanted.isdisjoint({"relu", "all"}):
         rows += kept(work, "relu", lambda: relu_optimality(2 if quick else 10, seed))
-    if part in ("forms", "all"):
+    if not wanted.isdisjoint({"forms", "all"}):
         rows += form_table(work, data, models, 300 if quick else 2000, seed)
     for n, p in RACES[: 1 if quick else None]:
         d, cap = 4 * p, 20.0 if quick else seconds_cap
-        if part in ("race", "all"):
+        if not wanted.isdisjoint({"race", "all"}):
             rows += kept(work, f"race-{p}", lambda n=n, p=p, d=d, cap=cap: m_step_race(n, p, d, seed, cap))
-        if part in ("speed", "all"):
+        if not wanted.isdisjoint({"speed", "all"}):
             rows += kept(work, f"speed-{p}", lambda n=n, p=p, d=d: [default_solver_race(n, p, d, seed)])
     checks = checks_of(rows)
     command = f"python experiments/bench_solver.py --part {part} --seconds-cap {seconds_cap:g}"
