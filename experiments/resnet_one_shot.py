@@ -60,7 +60,8 @@ def one_run(target: Target, models: Path, data_dir: Path | None, seed: int, coun
     raw, labels = data.x_test, data.y_test
     del data  # the training images that were not drawn are no part of what a run needs
     start = time.perf_counter()
-    result = ua.compress(model, images, budget=ua.Budget(params=1 / target.ratio), rules=KEEP, seed=seed)
+    rules = (*KEEP, ua.Rule(path=".*", budget=ua.Budget(params=1 / target.ratio)))
+    result = ua.compress(model, images, rules=rules, seed=seed)
     seconds = time.perf_counter() - start
     test = entry.preprocess(raw)
     file_bytes = result.save(file)

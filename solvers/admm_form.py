@@ -108,11 +108,13 @@ def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int
     return _candidate(context, grouping, order[:groups], rank, int(np.sum(solutions.num_steps[: point + 1])))
 
 
-def penalized_candidate(context: Context, fractions: tuple[float, float], options: AdmmOptions) -> Candidate:
-    """Support and rank of the paper's problem for given penalties, as fractions of their maxima."""
+def penalized_candidate(
+    context: Context, fractions: tuple[float, float], options: AdmmOptions, start: Float[Array, "n p"] | None = None
+) -> Candidate:
+    """Support and rank of the paper's problem for given penalties, as fractions of their maxima, from a start."""
     grouping = _grouping(context)
     problem = _solvable(context.problem, options)
-    solution = solve(problem, _penalties(problem, *fractions, grouping), options=options)
+    solution = solve(problem, _penalties(problem, *fractions, grouping), options=options, start=start)
     groups = np.flatnonzero(np.asarray(solution.kept))
     return _candidate(context, grouping, groups, int(solution.rank), int(solution.num_steps))
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Float32
 from solvers.admm_form import admm_candidate, penalized_candidate
 from solvers.admm_state import AdmmOptions
 from solvers.forms import FORMS, Candidate, Context
-from solvers.gram import GramStatistics, best_bias, gram_statistics, linear_error
+from solvers.gram import GramStatistics, best_bias, linear_error
 from solvers.reconstruction import LayerProblem, relative_error
 from solvers.refine import RefineOptions, blend_for, refine
-from solvers.ridge import regularize
+from solvers.ridge import selection_statistics
 from solvers.structure import Structure, fit
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term, total_matrix
 
@@ -194,21 +194,13 @@ class _Solver:
     ):
         self.problem, self.held_out, self.shape, self.options = problem, held_out, shape, options
         self.warnings: list[str] = []
-        rows = problem.x.shape[0]
-        self.wide = shape.p <= options.float64_up_to
-        self.raw = gram_statistics(problem)
-        self.held_stats = gram_statistics(held_out)
-        with jax.enable_x64(self.wide):
-            if original is not None and problem.weights is not None:
-                original = original * jnp.sqrt(problem.weights)[:, None]
-            both = self._cast(self.raw), self._cast(self.held_stats)
-            self.stats, self.w, ridge = regularize(*both, rows, options.ridge, original)
+        rows, wide = problem.x.shape[0], options.float64_up_to
+        found = selection_statistics(
+            problem, held_out, ridge=options.ridge, float64_up_to=wide, original=original
+        )
+        self.raw, self.held_stats, self.stats, self.w, ridge, self.wide = found
         if rows < shape.p or ridge > 1e3 * options.ridge:
             self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")
-
-    def _cast(self, stats: GramStatistics) -> GramStatistics:
-        dtype = jnp.float64 if self.wide else jnp.float32
-        return jax.tree.map(lambda a: jnp.asarray(a, dtype), stats)
 
     def context(self, budget: float) -> Context:
         return Context(
@@ -300,6 +292,7 @@ def solve(
     budget: float | None = None,
     penalties: tuple[float, float] | None = None,
     original: Float[Array, "n p"] | None = None,
+    start: Float[Array, "n p"] | None = None,
     options: LayerOptions = LayerOptions(),
 ) -> LayerFit:
     """The best compressed form of one layer.
@@ -315,6 +308,7 @@ def solve(
         penalties: instead of a budget, (lambda_sparse, lambda_rank) as fractions of their maxima: the paper's
             penalised ADMM, refitted.
         original: the layer's own matrix; where rows are few the fit stays near it.
+        start: where the penalised ADMM starts, for example the matrix found for penalties nearby.
         options: static choices.
 
     Raises:
@@ -323,7 +317,7 @@ def solve(
     _validate(problem, shape, budget, penalties)
     solver = _Solver(problem, held_out, shape, options, original)
     if penalties is not None:
-        proposals = {"admm": penalized_candidate(solver.context(0.0), penalties, options.admm)}
+        proposals = {"admm": penalized_candidate(solver.context(0.0), penalties, options.admm, start)}
     else:
         assert budget is not None
         proposals = _propose(solver, budget)

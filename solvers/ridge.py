@@ -6,12 +6,15 @@ The ridge draws towards the layer's original matrix where that is known: what th
 from itertools import accumulate, repeat
 from operator import mul
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from solvers.gram import GramStatistics, least_squares, linear_error, with_ridge
+from solvers.gram import GramStatistics, gram_statistics, least_squares, linear_error, with_ridge
+from solvers.reconstruction import LayerProblem
 from solvers.structure import column_structure, fit
 
 SCARCE = 10  # rows per feature below which least squares overfits and a larger ridge is tried
@@ -61,3 +64,51 @@ def regularize(
             break
     assert best is not None
     return best[1:]
+
+
+class SelectionStatistics(NamedTuple):
+    """What forms are selected on.
+
+    Attributes:
+        raw: statistics of the calibration rows, float32.
+        held_out: of the held-out rows, float32.
+        stats: of the calibration rows with ridge, in the precision of the selection.
+        w: least-squares matrix of `stats`, (n, p).
+        ridge: that was used.
+        wide: whether `stats` and `w` are in float64.
+    """
+
+    raw: GramStatistics
+    held_out: GramStatistics
+    stats: GramStatistics
+    w: Array
+    ridge: float
+    wide: bool
+
+
+def selection_statistics(
+    problem: LayerProblem,
+    held_out: LayerProblem,
+    *,
+    ridge: float,
+    float64_up_to: int,
+    original: Float[Array, "n p"] | None = None,
+) -> SelectionStatistics:
+    """Statistics of a layer's rows, regularised; outputs are scaled by sqrt(weights).
+
+    Args:
+        problem: calibration rows.
+        held_out: other rows.
+        ridge: the smallest, see `regularize`.
+        float64_up_to: largest p for which float64 is used.
+        original: the layer's own matrix, which the ridge draws towards.
+    """
+    rows, p = problem.x.shape
+    wide = p <= float64_up_to
+    dtype = jnp.float64 if wide else jnp.float32
+    raw, held = gram_statistics(problem), gram_statistics(held_out)
+    with jax.enable_x64(wide):
+        if original is not None and problem.weights is not None:
+            original = original * jnp.sqrt(problem.weights)[:, None]
+        cast = [jax.tree.map(lambda a: jnp.asarray(a, dtype), s) for s in (raw, held)]
+        return SelectionStatistics(raw, held, *regularize(*cast, rows, ridge, original), wide)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
+    from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
-    from unified_approx.pipeline import Result, compress, plan
+    from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
     from unified_approx.run import Plan
@@ -19,10 +20,12 @@ _HOMES = {
     "Report": "report",
     "Result": "pipeline",
     "Rule": "rules",
+    "Sensitivity": "allocation",
     "compress": "pipeline",
     "load": "storage",
     "plan": "pipeline",
     "save": "storage",
+    "sensitivity": "pipeline",
 }
 _MODULES = ("datasets", "evaluate", "zoo")
 
@@ -32,12 +35,14 @@ __all__ = [
     "Report",
     "Result",
     "Rule",
+    "Sensitivity",
     "compress",
     "datasets",
     "evaluate",
     "load",
     "plan",
     "save",
+    "sensitivity",
     "zoo",
 ]
 

@@ -1,12 +1,10 @@
-"""The command line: `unified-approx demo | compress | evaluate | info`.
+"""The command line: `unified-approx demo | compress | evaluate | info | sweep | plot`.
 
 JAX and everything that needs it is imported inside the commands, so that help is there at once.
 """
 
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +12,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from unified_approx.cli_common import (
+    BUDGET_NOT_MET,
+    Data,
+    DataName,
+    Debug,
+    Json,
+    Network,
+    Weights,
+    check_outputs,
+    command_line,
+    console,
+    errors,
+)
+from unified_approx.cli_sweep import plot, sweep
 from unified_approx.memory import compact
 
 if TYPE_CHECKING:
     from unified_approx.pipeline import Plan, Result
-
-_POSITIONAL = ("network", "file")
-DONE, FAILED, BAD_USAGE, BUDGET_NOT_MET = range(4)
 
 app = typer.Typer(
     name="unified-approx",
@@ -32,83 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Network = Annotated[
-    str,
-    typer.Argument(
-        metavar="NETWORK",
-        help="A name of the zoo, or package.module:factory, a function without arguments that returns a Flax NNX "
-        "module (the current folder is searched too).",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="Safetensors file in PyTorch's layouts; for a factory its names are the paths with dots. Not needed for "
-        "digits, nor for a factory that loads its weights itself."
-    ),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the data set's npz file (x_train, y_train, x_test, y_test). Not needed for digits."),
-]
-DataName = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        help="For a factory: cifar10, mnist, digits, or an npz file. Floating point arrays are passed on as they are, "
-        "integer images are scaled to [0, 1].",
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def _console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 140))
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """One line on standard error and an exit code in place of a traceback."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        bad_usage = isinstance(error, ValueError | FileNotFoundError)
-        text = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"unified-approx: {text if bad_usage else f'{type(error).__name__}: {text}'}", err=True)
-        raise typer.Exit(BAD_USAGE if bad_usage else FAILED) from error
-
-
-def _command_line(command: str, arguments: Mapping[str, Any]) -> str:
-    """The command as it could be typed again, with its defaults; `arguments` are those of its function."""
-    words = ["unified-approx", command, *(str(arguments[name]) for name in _POSITIONAL if name in arguments)]
-    for name, value in arguments.items():
-        flag = f"--{name.removesuffix('_file').replace('_', '-')}"
-        if name in _POSITIONAL or value is None or value is False:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [word for item in values for word in ([flag] if item is True else [flag, str(item)])]
-    return shlex.join(words)
-
-
-def _check_outputs(**outputs: Path | None) -> None:
-    """Files are written at the end of a long run: find out now if they cannot be."""
-    for name, path in outputs.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise ValueError(f"--{name}: {path} is a folder; give the name of a file")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise ValueError(f"--{name}: {path.parent} is not a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the compressed network.")] = Path(
@@ -118,12 +50,12 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Compress a small network that comes with the package; tables and pictures in under 90 seconds."""
-    start, command = time.perf_counter(), _command_line("demo", locals())
-    with _errors(debug):
-        _check_outputs(json=json_file)
+    start, command = time.perf_counter(), command_line("demo", locals())
+    with errors(debug):
+        check_outputs(json=json_file)
         from unified_approx.demo import run
 
-        run(out, json_file, console=_console(), command=command, started=start)
+        run(out, json_file, console=console(), command=command, started=start)
 
 
 @app.command()
@@ -133,7 +65,11 @@ def compress(
     data: Data = None,
     dataset: DataName = None,
     budget: Annotated[
-        str | None, typer.Option(help="Fraction of the parameters that each layer keeps.  [default: params=0.5]")
+        str | None,
+        typer.Option(
+            help="Fractions of the network that may remain: params=0.5, macs=0.5, bytes=0.5, several with commas; or "
+            "max_drop=POINTS of accuracy.  [default: params=0.5]"
+        ),
     ] = None,
     lambda_sparse: Annotated[
         float | None,
@@ -150,6 +86,9 @@ def compress(
     calibration: Annotated[int, typer.Option(help="Training images to calibrate on.")] = 2000,
     rows: Annotated[int | None, typer.Option(help="Sampled output positions per layer.")] = None,
     seed: Annotated[int, typer.Option(help="Of the images and positions that are drawn.")] = 0,
+    allocation: Annotated[
+        str, typer.Option(help="How the budget is shared among the layers: kl, fisher or uniform.")
+    ] = "kl",
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -167,10 +106,10 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Compress a trained network layer by layer, without training."""
-    start, command = time.perf_counter(), _command_line("compress", locals())
-    with _errors(debug):
-        _check_outputs(out=out, json=json_file)
-        settings = _settings(budget, lambda_sparse, lambda_rank, keep)
+    start, command = time.perf_counter(), command_line("compress", locals())
+    with errors(debug):
+        check_outputs(out=out, json=json_file)
+        settings = {**_settings(budget, lambda_sparse, lambda_rank, keep), "allocation": allocation}
         options = _options(form, group, m_step)
         from unified_approx import comparison, pipeline, resolve
         from unified_approx.evaluate import accuracy
@@ -178,9 +117,10 @@ def compress(
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
         examples = resolve.calibration_images(images.x_train, calibration, seed)
-        console = _console()
+        screen = console()
         if dry_run:
-            _show_plan(console, pipeline.plan(model, examples, rows=rows, **settings))
+            planned = pipeline.plan(model, examples, rows=rows, seed=seed, group=group, **settings)
+            _show_plan(screen, planned)
             return
         reference = accuracy(model, images.x_test, images.y_test)
         with compact():
@@ -200,7 +140,7 @@ def compress(
             group=group,
             m_step=m_step,
         )
-        _show_result(console, result, row)
+        _show_result(screen, result, row)
         if json_file is not None:
             _write(command, json_file, row, start, seed, result)
         if result.budget_met is False:
@@ -299,9 +239,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Accuracy of a saved network on the test images."""
-    start, command = time.perf_counter(), _command_line("evaluate", locals())
-    with _errors(debug):
-        _check_outputs(json=json_file)
+    start, command = time.perf_counter(), command_line("evaluate", locals())
+    with errors(debug):
+        check_outputs(json=json_file)
         from unified_approx import resolve, storage
         from unified_approx.evaluate import accuracy
 
@@ -313,7 +253,7 @@ def evaluate(
         model.eval()
         images = resolve.load_images(name, data, dataset)
         reached = accuracy(model, images.x_test, images.y_test)
-        _console().print(f"{file}: {name}, accuracy {reached:.2f} % on {len(images.y_test):,} test images")
+        console().print(f"{file}: {name}, accuracy {reached:.2f} % on {len(images.y_test):,} test images")
         if json_file is not None:
             from unified_approx.results import saved_network_row, write_results
 
@@ -325,22 +265,22 @@ def evaluate(
 @app.command()
 def info(file: File, debug: Debug = False) -> None:
     """What a saved network is made of. Reads the header only: `evaluate` also checks the arrays."""
-    with _errors(debug):
+    with errors(debug):
         from unified_approx.storage import read_header
 
-        header, console = read_header(file), _console()
+        header, screen = read_header(file), console()
         network = header["network"]
-        console.print(f"{file}: {file.stat().st_size:,} bytes, format {header['format']}")
-        console.print(f"network: {network['name'] if network else 'not of the zoo (load it with like=)'}")
-        console.print(f"written with {', '.join(f'{k} {v}' for k, v in header.get('versions', {}).items())}")
+        screen.print(f"{file}: {file.stat().st_size:,} bytes, format {header['format']}")
+        screen.print(f"network: {network['name'] if network else 'not of the zoo (load it with like=)'}")
+        screen.print(f"written with {', '.join(f'{k} {v}' for k, v in header.get('versions', {}).items())}")
         report = header["report"]
         if report is not None:
             met = {True: "met", False: "not met", None: "penalties"}[report["budget_met"]]
-            console.print(
+            screen.print(
                 f"{report['budget']} ({met}): parameters ÷ {report['params_ratio']:.2f}, bits ÷ {report['cr']:.2f}, "
                 f"multiply-adds ÷ {report['macs_ratio']:.2f}"
             )
-        console.print(_modules_table(header["modules"], report))
+        screen.print(_modules_table(header["modules"], report))
 
 
 def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> Table:
@@ -358,6 +298,10 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
             figures = (row["form"], str(row["kept_columns"]), str(row["rank"]), f"{share:.0%}", f"{error:.4f}")
         table.add_row(path, module["kind"], terms, spec.get("execution", ""), *figures)
     return table
+
+
+app.command()(sweep)
+app.command()(plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

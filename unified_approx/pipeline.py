@@ -1,21 +1,28 @@
 """The front door for a network: `plan` what would happen, `compress` it."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
+import numpy as np
 from flax import nnx
+from jaxtyping import Float32, Shaped
 
 from solvers.layer import LayerOptions
+from unified_approx.allocation import Sensitivity
+from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import assemble
 from unified_approx.budget import Budget
-from unified_approx.report import ProgressBar, ProgressCallback, Report
+from unified_approx.report import ProgressBar, ProgressCallback, Report, measuring
 from unified_approx.rules import Rule
 from unified_approx.run import Calibration, Plan, Run
-from unified_approx.settings import Call, make_arguments
+from unified_approx.settings import Arguments, Call, make_arguments
+from unified_approx.smallest import smallest
 from unified_approx.storage import save
 from unified_approx.work_dir import WorkDir
+
+_ARGUMENTS = {*Arguments.__dataclass_fields__, "form", "group", "options"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +32,18 @@ class Result:
     Attributes:
         model: the new network, an NNX module with the interface of the old one.
         report: what was done, layer by layer.
+        sensitivity: the table that the budget was shared by, None if there was none.
+        matrices: of the compressed layers by name, what follows them folded in: the `start` of a similar run.
     """
 
     model: nnx.Module
     report: Report
+    sensitivity: Sensitivity | None = None
+    matrices: Mapping[str, Float32[np.ndarray, "n p"]] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        r = self.report
+        return f"Result({r.budget}: parameters ÷ {r.params_ratio:.2f}, MACs ÷ {r.macs_ratio:.2f})"
 
     @property
     def budget_met(self) -> bool | None:
@@ -56,6 +71,10 @@ def compress(
     seed: int = 0,
     batch_size: int = 200,
     execution: str = "auto",
+    allocation: str = "kl",
+    sensitivity: Sensitivity | None = None,
+    labels: Shaped[np.ndarray, " examples"] | None = None,
+    start: Mapping[str, Float32[np.ndarray, "n p"]] | None = None,
     work_dir: str | PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
     call: Call | None = None,
@@ -69,7 +88,8 @@ def compress(
         model: a Flax NNX network; it is not changed. Batch norm must be in evaluation mode.
         calibration: an array of examples (images); or a dict or tuple of arrays with one example axis; or an iterable
             of such batches, or a function that returns one. No labels are needed.
-        budget: how much of each selected layer may remain, `Budget(params=0.5)`; or give both penalties.
+        budget: how much of the network may remain, `Budget(params=0.5)`, or how much accuracy may go; or give both
+            penalties.
         lambda_sparse: weight of the l2,1 penalty on the sparse part, a fraction of its largest useful value.
         lambda_rank: weight of the nuclear norm of the low-rank part, likewise.
         rules: which layers, in place of all; the first that matches a layer's name wins.
@@ -81,6 +101,11 @@ def compress(
         seed: of the sampled positions.
         batch_size: examples that go through the network at a time.
         execution: how the factored layers run; see `unified_approx.layers.Factored`.
+        allocation: how the budget is shared among the layers: "kl" (by the measured effect of each layer's error on the
+            network's output), "fisher" (by its second-order expansion), or "uniform" (the same fraction for all).
+        sensitivity: a table from `ua.sensitivity`, so that it is not measured again.
+        labels: of the calibration examples, integers; needed for, and only read by, `Budget(max_drop=...)`.
+        start: matrices to start the penalised ADMM from, by layer, as in `Result.matrices` of a similar run.
         work_dir: a folder where every solved layer is stored, so that a killed run resumes at the next layer.
         progress: called before and after each layer; a progress bar on a terminal when None.
         call: how the network is called, `call(model, batch)`; `model(batch)` when None.
@@ -89,27 +114,23 @@ def compress(
         ValueError: a bad argument, data or weights that are not finite, batch norm in training mode, no layer to
             compress, a rule that matches nothing, a budget that cannot be reached, or the work folder of another run.
     """
-    start = time.perf_counter()
-    arguments = make_arguments(
-        options=options,
-        form=form,
-        group=group,
-        budget=budget,
-        lambda_sparse=lambda_sparse,
-        lambda_rank=lambda_rank,
-        rules=rules,
-        rows=rows,
-        held_out=held_out,
-        seed=seed,
-        batch_size=batch_size,
-        execution=execution,
-        call=call,
-    )
-    run = Run(model, calibration, arguments)
+    given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+    if budget is not None and budget.max_drop is not None:
+        rest = {"sensitivity": sensitivity, "work_dir": work_dir, "progress": progress}
+        return smallest(model, calibration, labels, budget.max_drop, compress, {**given, **rest})
+    clock = time.perf_counter()
+    run = Run(model, calibration, make_arguments(**given))
     work = None if work_dir is None else WorkDir(work_dir, run.fingerprint())
-    modules, layers = run.solve_all(work, progress or ProgressBar())
+    progress = progress or ProgressBar()
+    if sensitivity is None and work is not None:
+        sensitivity = work.sensitivity()
+    table = run.allocate(sensitivity, progress)
+    if work is not None and table is not None:
+        work.keep_sensitivity(table)
+    modules, layers = run.solve_all(work, progress, start or {})
     new = assemble(model, modules, run.capture.sites)
-    return Result(model=new, report=run.report(new, layers, time.perf_counter() - start))
+    report = run.report(new, layers, time.perf_counter() - clock)
+    return Result(model=new, report=report, sensitivity=table, matrices=run.matrices)
 
 
 def plan(
@@ -120,25 +141,53 @@ def plan(
     lambda_sparse: float | None = None,
     lambda_rank: float | None = None,
     rules: Sequence[Rule] = (),
+    group: str | None = None,
     rows: int | None = None,
     held_out: float = 0.1,
+    seed: int = 0,
     batch_size: int = 200,
+    allocation: str = "kl",
+    sensitivity: Sensitivity | None = None,
     call: Call | None = None,
 ) -> Plan:
-    """What `compress` with these arguments would do; nothing is solved, and the same errors are raised."""
-    arguments = make_arguments(
-        options=None,
-        form=None,
-        group=None,
-        budget=budget,
-        lambda_sparse=lambda_sparse,
-        lambda_rank=lambda_rank,
-        rules=rules,
-        rows=rows,
-        held_out=held_out,
-        seed=0,
-        batch_size=batch_size,
-        execution="auto",
-        call=call,
-    )
-    return Run(model, calibration, arguments).plan()
+    """What `compress` with these arguments would do; nothing is solved, and the same errors are raised.
+
+    With a budget and an allocation other than "uniform" the sensitivity is measured, if no table is given; the plan has
+    the table.
+    """
+    given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+    if budget is not None and budget.max_drop is not None:
+        raise ValueError(f"budget: {budget.describe()} is found by trial; plan a budget of params, macs or bytes")
+    run = Run(model, calibration, make_arguments(**given))
+    table = run.allocate(sensitivity, ProgressBar())
+    return replace(run.plan(), sensitivity=table)
+
+
+def sensitivity(
+    model: nnx.Module,
+    calibration: Calibration,
+    *,
+    method: str = "kl",
+    rules: Sequence[Rule] = (),
+    group: str | None = None,
+    rows: int | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    batch_size: int = 200,
+    progress: ProgressCallback | None = None,
+    call: Call | None = None,
+) -> Sensitivity:
+    """How the network's output feels each layer's error: measured once, it serves every budget.
+
+    Args:
+        model, calibration, rules, group, rows, held_out, seed, batch_size, progress, call: as in `compress`, and the
+            same there as here, or the table will not be accepted.
+        method: "kl" (each layer alone, at four sizes) or "fisher" (the second-order expansion, at one).
+
+    Raises:
+        ValueError: as `compress`.
+    """
+    given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+    run = Run(model, calibration, make_arguments(**given, allocation=method, budget=Budget(params=1.0)))
+    show = progress or ProgressBar()
+    return measure_sensitivity(run, method, lambda index, total, name: show(measuring(index, total, name)))

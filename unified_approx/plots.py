@@ -1,6 +1,6 @@
 """Pictures of what a compression does, one function each: arrays in, a file out. No global state, no display needed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -225,3 +225,42 @@ def accuracy_against_params(
         axes.set_title(title, loc="left")
     axes.legend(frameon=False, loc="lower right")
     return _save(figure, path)
+
+
+_AXIS_NAMES = {"cr": "compression ratio (bits)", "macs": "original / compressed multiply-adds", "speedup": "speed-up"}
+
+
+def tradeoff(
+    path: FilePath, series: Mapping[str, Sequence[tuple[float, float]]], *, axis: str, reference: float | None = None
+) -> Path:
+    """Accuracy against a ratio, several methods; points that no other beats in both carry a ring.
+
+    Args:
+        path: PNG, PDF or SVG to write; its folder is made.
+        series: (ratio, accuracy) points by method.
+        axis: "cr", "macs" or "speedup".
+        reference: accuracy of the original.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = _tidy(figure.subplots())
+    if reference is not None:
+        axes.axhline(reference, color=GREY, linestyle=":", label=f"original: {reference:.2f} %")
+    for i, (name, points) in enumerate(series.items()):
+        ratio, accuracy = np.array(sorted(points)).T
+        colour, marker = _CYCLE[i % len(_CYCLE)], _MARKERS[i % len(_MARKERS)]
+        axes.plot(ratio, accuracy, color=colour, marker=marker, label=name)
+    front = np.array(pareto_front([p for points in series.values() for p in points]))
+    ring = {"facecolors": "none", "edgecolors": "black", "s": 110, "linewidths": 1.2}
+    axes.scatter(front[:, 0], front[:, 1], label="Pareto front", zorder=3, **ring)
+    axes.set(xlabel=_AXIS_NAMES[axis], ylabel="test accuracy (%)")
+    axes.legend(frameon=False, loc="lower left")
+    return _save(figure, path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (ratio, accuracy) that no other point reaches or beats in both, by increasing ratio."""
+    front: list[tuple[float, float]] = []
+    for ratio, accuracy in sorted(set(points), reverse=True):
+        if not front or accuracy > front[-1][1]:
+            front.append((ratio, accuracy))
+    return front[::-1]

@@ -140,6 +140,11 @@ class ProgressEvent:
     row: LayerRow | None
 
 
+def measuring(index: int, total: int, name: str) -> ProgressEvent:
+    """The event before a layer's sensitivity is measured."""
+    return ProgressEvent(index, total, f"sensitivity of {name}", (0, 0), None)
+
+
 ProgressCallback = Callable[[ProgressEvent], None]
 
 
@@ -156,7 +161,7 @@ class ProgressBar:
         """Show one event."""
         if not self._bar.live.is_started:
             self._bar.start()
-        what = f"{event.name} ({event.shape[0]} × {event.shape[1]})"
+        what = f"{event.name} ({event.shape[0]} × {event.shape[1]})" if event.shape[0] else event.name
         done = event.index + (event.row is not None)
         self._bar.update(self._task, total=event.total, completed=done, description=what)
         if done == event.total:

@@ -208,6 +208,25 @@ def write_results(
     return target
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a file that `write_results` or a sweep wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither.
+    """
+    source = Path(path)
+    if source.suffix == ".parquet":
+        from unified_approx.sweep import read_table
+
+        return read_table(source).to_pylist()
+    try:
+        rows = json.loads(source.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is neither a result file nor a sweep's Parquet file ({error!r})") from error
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def _is_full(path: Path) -> bool:
     """Whether the file is there and is not known to come from a quick run."""
     if not path.exists():

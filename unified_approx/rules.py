@@ -15,7 +15,7 @@ class Rule:
     Attributes:
         path: regular expression for the whole layer name, for example `blocks/.*` or `fc`.
         keep: leave these layers as they are.
-        budget: in place of the run's budget.
+        budget: in place of the run's budget: `Budget(params=...)`, a fraction of each layer's own parameters.
         lambda_sparse: in place of the run's penalty weight, a fraction of its maximum.
         lambda_rank: in place of the run's penalty weight, a fraction of its maximum.
         form: in place of the run's form, for example "two_level".
@@ -29,6 +29,13 @@ class Rule:
     lambda_rank: float | None = None
     form: str | None = None
     group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and list(self.budget.given()) != ["params"]:
+            raise ValueError(
+                f"rules: the budget of {self.path!r} is {self.budget.describe()}; a rule's budget is a fraction of "
+                "each layer's own parameters: Budget(params=...)"
+            )
 
     def matches(self, name: str) -> bool:
         """Whether the pattern covers the whole name."""

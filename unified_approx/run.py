@@ -1,7 +1,7 @@
 """One run: the checked arguments, the captured network, and its layers one after another."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -17,12 +17,15 @@ from threadpoolctl import threadpool_limits
 from solvers.layer import LayerFit, minimum_budget, solve
 from solvers.terms import Term, total_matrix
 from unified_approx import calibration as examples
+from unified_approx.allocation import Choice, Sensitivity
+from unified_approx.allocation.assign import assign_by_loss, assign_uniform, open_limits, total_cost
+from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import get, unfold
 from unified_approx.capture import Capture
-from unified_approx.cost import network_cost
+from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
-from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
+from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report, measuring
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
 from unified_approx.settings import Arguments, Call, Settings, check_reachable, check_weights
@@ -57,6 +60,8 @@ class Plan:
         minimum_params: the smallest reachable budget, as a fraction of each selected layer.
         memory_mb: estimate of the peak working memory beyond JAX itself, in MB (10^6 bytes).
         seconds: estimate of the time of the solves.
+        dense: name and reason of the layers that stay as they are under the budget.
+        sensitivity: the table that the budget was shared by.
     """
 
     layers: tuple[dict[str, Any], ...]
@@ -65,6 +70,8 @@ class Plan:
     minimum_params: float
     memory_mb: float
     seconds: float
+    dense: tuple[tuple[str, str], ...] = ()
+    sensitivity: Sensitivity | None = None
 
 
 class Run:
@@ -78,28 +85,34 @@ class Run:
         if self.num_images < 2:
             raise ValueError("calibration: 1 example; give at least 2, since one of them is held out")
         self.held_out_from = self.num_images - max(1, round(arguments.held_out * self.num_images))
-        batches = examples.split(self.data, min(arguments.batch_size, self.num_images))
-        self.example = batches[0]
-        self.capture = Capture(model, [(batch,) for batch in batches], call=arguments.call)
+        self.batches = examples.split(self.data, min(arguments.batch_size, self.num_images))
+        self.example = self.batches[0]
+        self.capture = self.new_capture()
         self.settings = self._settle()
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
-        self.warnings: list[str] = []
+        self.cost = network_cost(model, self.example, call=arguments.call)
+        self.choice: Choice | None = None
+        self.matrices: dict[str, np.ndarray] = {}
 
-    def _settle(self) -> dict[Path, Settings | None]:
-        """Settings of each site by the rules; None where a rule keeps the layer."""
+    def new_capture(self) -> Capture:
+        """A fresh pass over the network, from its first layer."""
+        return Capture(self.model, [(batch,) for batch in self.batches], call=self.arguments.call)
+
+    def _settle(self) -> dict[Path, Settings]:
+        """Settings of each site by the rules; open where the budget of the whole network decides."""
         if not self.capture.sites:
             reasons = "; ".join(f"{s.name}: {s.reason}" for s in self.capture.skipped)
             raise ValueError(f"model: it has no layer that can be compressed ({reasons or 'no Conv or Linear found'})")
         rules = assign(self.arguments.rules, self.capture.sites, self.capture.skipped)
         settings = {site.path: self.arguments.settings(rules[site.path], site) for site in self.capture.sites}
-        if all(s is None for s in settings.values()):
+        if all(s.dense for s in settings.values()):
             raise ValueError("rules: they keep every layer; there is no layer to compress")
         for site in self.capture.sites:
             check_reachable(site, settings[site.path])
         return settings
 
     def solve_all(
-        self, work: WorkDir | None, progress: ProgressCallback
+        self, work: WorkDir | None, progress: ProgressCallback, starts: Mapping[str, np.ndarray]
     ) -> tuple[dict[Path, nnx.Module], list[LayerRow]]:
         """Every layer in network order; the replacements, and a row for each layer."""
         modules: dict[Path, nnx.Module] = {}
@@ -108,7 +121,7 @@ class Run:
         for index, site in enumerate(self.capture.sites):
             shape = (site.geometry.matrix_shape.n, site.geometry.matrix_shape.p)
             progress(ProgressEvent(index, total, site.name, shape, None))
-            module, row = self._layer(index, site, work)
+            module, row = self._layer(index, site, work, starts.get(site.name))
             if module is not None:
                 modules[site.path] = module
             rows.append(row)
@@ -120,30 +133,62 @@ class Run:
         state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
         return fingerprint(self.arguments.identity(), nnx.to_pure_dict(state), self.data)
 
+    def sensitivity_identity(self, method: str) -> str:
+        """Identifies everything that a sensitivity table depends on; budgets do not count."""
+        state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
+        sizes = {site.name: self.settings[site.path].options.group for site in self.capture.sites}
+        settings = {"method": method, "groups": sizes, "held_out": self.held_out_from, "seed": self.arguments.seed}
+        return fingerprint(settings, nnx.to_pure_dict(state), self.data)
+
+    def positions(self, site: LayerSite) -> int:
+        """Output positions of a layer per example, all of its calls together."""
+        return prod(self.capture.output_spatial(site)) * site.num_calls
+
+    def allocate(self, table: Sensitivity | None, progress: ProgressCallback) -> Sensitivity | None:
+        """Share the budget of the network among the layers whose size is open; the table that decided, if any did.
+
+        Raises:
+            ValueError: a budget that cannot be reached, or a table of another network or of other data.
+        """
+        budget, method = self.arguments.budget, self.arguments.allocation
+        if budget is None or not any(s.open for s in self.settings.values()):
+            return None
+        if method == "uniform":
+            self.settings |= assign_uniform(self, budget)
+        else:
+            open_limits(self, budget)
+            if table is None:
+                table = measure_sensitivity(self, method, lambda i, n, name: progress(measuring(i, n, name)))
+            elif table.identity != self.sensitivity_identity(table.method):
+                raise ValueError("sensitivity: the table is of another network, other data or other groups; leave it out")
+            found, self.choice = assign_by_loss(self, budget, table)
+            self.settings |= found
+        for site in self.capture.sites:
+            check_reachable(site, self.settings[site.path])
+        return table
+
     def report(self, new: nnx.Module, layers: Sequence[LayerRow], seconds: float) -> Report:
         """Rows of all layers, skipped ones last, and the totals of the whole network."""
-        before, after = (network_cost(m, self.example, call=self.arguments.call) for m in (self.model, new))
+        before, after = self.cost, network_cost(new, self.example, call=self.arguments.call)
         skipped = [
             LayerRow(name=s.name, kind=s.kind, shape=(0, 0), status="skipped", reason=s.reason)
             for s in self.capture.skipped
         ]
         done = [row for row in layers if row.status in ("compressed", "diverged")]
-        over = [row for row in done if not self._within_budget(row)]
-        gap = self.disagreement(new)
         notes = [f"{row.name}: {row.reason}" for row in done if row.reason]
+        gap = self.disagreement(new)
         if not gap <= _AGREEMENT:
             notes.append(f"the new network's outputs differ from the solved layers' by {gap:.1e} of their size")
-        penalised = all(s is None or s.budget is None for s in self.settings.values())
         return Report(
             layers=(*layers, *skipped),
             budget=self.arguments.describe(),
-            budget_met=None if penalised else not over,
+            budget_met=self._budget_met(layers, after),
             params=after.params,
             original_params=before.params,
             bits=after.bits,
             original_bits=before.bits,
-            macs=sum(row.macs for row in layers),
-            original_macs=sum(row.original_macs for row in layers),
+            macs=after.macs,
+            original_macs=before.macs,
             seconds=seconds,
             seed=self.arguments.seed,
             warnings=tuple(notes),
@@ -165,13 +210,19 @@ class Run:
                 gaps.append(float(np.max(np.abs(want[:size] - np.asarray(got, np.float32)))) / scale)
         return max(gaps)
 
-    def _within_budget(self, row: LayerRow) -> bool:
-        settings = next(
-            s for site, s in zip(self.capture.sites, self.settings.values(), strict=True) if site.name == row.name
+    def _budget_met(self, layers: Sequence[LayerRow], after: NetworkCost) -> bool | None:
+        """Whether every rule's fraction and every limit of the whole network are kept; None with penalties only."""
+        settings = {site.name: self.settings[site.path] for site in self.capture.sites}
+        budget = self.arguments.budget
+        if budget is None and all(s.fraction is None for s in settings.values()):
+            return None
+        kept = all(
+            row.params + row.index_bits / 32 <= settings[row.name].fraction * row.original_params
+            for row in layers
+            if settings[row.name].fraction is not None
         )
-        if settings is None or settings.budget is None:
-            return True
-        return row.params + row.index_bits / 32 <= settings.budget.params * row.original_params
+        limits = {} if budget is None else budget.given()
+        return kept and all(total_cost(after, name) <= f * total_cost(self.cost, name) for name, f in limits.items())
 
     def plan(self) -> Plan:
         """What would be done, with estimates from the sizes of the layers."""
@@ -179,7 +230,7 @@ class Run:
         fitted = self.held_out_from
         for site in self.capture.sites:
             settings = self.settings[site.path]
-            if settings is None:
+            if settings.dense:
                 continue
             shape = site.geometry.matrix_shape
             n, p = shape.n, shape.p
@@ -199,24 +250,26 @@ class Run:
             flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
         return Plan(
             layers=tuple(layers),
-            kept=tuple(site.name for site in self.capture.sites if self.settings[site.path] is None),
+            kept=tuple(site.name for site in self.capture.sites if self.settings[site.path].dense),
             skipped=tuple((s.name, s.reason) for s in self.capture.skipped),
             minimum_params=least,
             memory_mb=(memory + 2 * sum(a.nbytes for a in jax.tree.leaves(self.data))) / 1e6,
             seconds=flops / 50e9 + 3.0 * len({row["shape"] for row in layers}),
         )
 
-    def _layer(self, index: int, site: LayerSite, work: WorkDir | None) -> tuple[nnx.Module | None, LayerRow]:
+    def _layer(
+        self, index: int, site: LayerSite, work: WorkDir | None, start: np.ndarray | None
+    ) -> tuple[nnx.Module | None, LayerRow]:
         settings = self.settings[site.path]
         row = _row(site, self.capture.output_spatial(site))
-        if settings is None:
+        if settings.dense:
             self.capture.keep(site)
-            return None, replace(row, status="kept", reason="by rule")
-        start = time.perf_counter()
+            return None, replace(row, status="kept", reason=settings.dense)
+        clock = time.perf_counter()
         stored = work.fetch(index) if work is not None else None
         if stored is None:
-            terms, bias, row = self._solve(site, settings, row)
-            row = replace(row, seconds=time.perf_counter() - start)
+            terms, bias, row = self._solve(site, settings, row, start)
+            row = replace(row, seconds=time.perf_counter() - clock)
             if work is not None:
                 work.store(index, terms, bias, asdict(row))
         else:
@@ -225,11 +278,12 @@ class Run:
         if row.status != "compressed":
             self.capture.keep(site)
             return None, row
-        self.capture.replace(site, total_matrix(terms, site.geometry.matrix_shape), bias)
-        return self._module(site, terms, bias), row
+        self.matrices[site.name] = total_matrix(terms, site.geometry.matrix_shape)
+        self.capture.replace(site, self.matrices[site.name], bias)
+        return self.module(site, terms, bias), row
 
     def _solve(
-        self, site: LayerSite, settings: Settings, row: LayerRow
+        self, site: LayerSite, settings: Settings, row: LayerRow, start: np.ndarray | None
     ) -> tuple[tuple[Term, ...], np.ndarray, LayerRow]:
         """Solve one layer; the terms, the bias and the filled row."""
         seen = self.capture.observe(site)
@@ -248,12 +302,13 @@ class Run:
                 shape,
                 budget=settings.values(site),
                 penalties=settings.penalties,
-                original=self._original(site),
+                original=self.original(site),
+                start=None if start is None else jnp.asarray(start),
                 options=settings.options,
             )
         return fit.terms, fit.bias, self._filled(row, site, spatial, fit, problem.x.shape[0])
 
-    def _original(self, site: LayerSite) -> Array:
+    def original(self, site: LayerSite) -> Array:
         """The layer's matrix, with what follows it folded in."""
         kernel = get(self.model, site.path).kernel[...]
         return kernel_to_matrix(jnp.asarray(kernel, jnp.float32)) * jnp.asarray(site.scale, jnp.float32)[:, None]
@@ -286,7 +341,7 @@ class Run:
             reason="; ".join(fit.warnings),
         )
 
-    def _module(self, site: LayerSite, terms: tuple[Term, ...], bias: np.ndarray) -> Factored:
+    def module(self, site: LayerSite, terms: tuple[Term, ...], bias: np.ndarray) -> Factored:
         """The layer to put in: with what the network itself still applies afterwards taken out of its rows."""
         scale = np.where(site.outer_scale == 0, 1.0, site.outer_scale).astype(np.float32)
         own = tuple(term.with_rows_scaled(1 / scale) for term in terms) if np.any(scale != 1) else terms

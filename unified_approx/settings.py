@@ -1,7 +1,7 @@
 """The arguments of a run, checked before any work is done."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,44 +15,57 @@ from unified_approx.sites import LayerSite
 Call = Callable[..., Any]
 
 
+ALLOCATIONS = ("kl", "fisher", "uniform")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one layer is asked for.
+    """What one layer is asked for: a fraction of its stored values, or penalties, or, until allocated, neither.
 
     Attributes:
-        budget: fraction of its parameters, or None with penalties.
-        penalties: (lambda_sparse, lambda_rank) as fractions of their maxima, or None with a budget.
+        fraction: of its stored values.
+        penalties: (lambda_sparse, lambda_rank) as fractions of their maxima.
         options: of the layer solver.
+        dense: why the layer stays as it is; empty if it does not.
     """
 
-    budget: Budget | None
-    penalties: tuple[float, float] | None
     options: LayerOptions
+    fraction: float | None = None
+    penalties: tuple[float, float] | None = None
+    dense: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether the budget of the whole network decides."""
+        return self.fraction is None and self.penalties is None and not self.dense
 
     def values(self, site: LayerSite) -> float | None:
         """The budget in stored values."""
         shape = site.geometry.matrix_shape
-        return None if self.budget is None else self.budget.params * shape.n * shape.p
+        return None if self.fraction is None else self.fraction * shape.n * shape.p
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """The arguments of `compress` that describe the run."""
 
-    budget: Budget | None
-    lambda_sparse: float | None
-    lambda_rank: float | None
     rules: tuple[Rule, ...]
     options: LayerOptions
-    rows: int | None
-    held_out: float
-    seed: int
-    batch_size: int
-    execution: str
     call: Call
+    budget: Budget | None = None
+    lambda_sparse: float | None = None
+    lambda_rank: float | None = None
+    rows: int | None = None
+    held_out: float = 0.1
+    seed: int = 0
+    batch_size: int = 200
+    execution: str = "auto"
+    allocation: str = "kl"
 
     def __post_init__(self) -> None:
-        _check_penalties(self.budget, self.lambda_sparse, self.lambda_rank)
+        _check_target(self.budget, self.lambda_sparse, self.lambda_rank, self.rules)
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation: {self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
         if not 0 < self.held_out < 1:
             raise ValueError(
                 f"held_out: {self.held_out!r} is not a fraction in (0, 1); 0.1 holds out every tenth image"
@@ -62,24 +75,28 @@ class Arguments:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size}; give at least 1")
 
-    def settings(self, rule: Rule | None, site: LayerSite) -> Settings | None:
+    def settings(self, rule: Rule | None, site: LayerSite) -> Settings:
         """What the run and a rule together ask of a layer."""
         rule = rule or Rule(path="")
-        if rule.keep:
-            return None
         changes: dict[str, Any] = {k: v for k, v in (("form", rule.form), ("group", rule.group)) if v is not None}
         if np.any(site.outer_scale != 1):  # rows are rescaled after the solve, and identity rows would not survive that
             changes["gauge"] = False
         options = LayerOptions(**{**vars(self.options), **changes})
-        own_penalties = (rule.lambda_sparse, rule.lambda_rank) != (None, None)
-        if rule.budget is not None or (self.budget is not None and not own_penalties):
-            return Settings(budget=rule.budget or self.budget, penalties=None, options=options)
+        if self.budget is not None and self.budget.macs is not None:
+            options = _counted_in_macs(options, site)
+        if rule.keep:
+            return Settings(options=options, dense="by rule")
+        if rule.budget is not None:
+            return Settings(options=options, fraction=rule.budget.params)
+        own = (rule.lambda_sparse, rule.lambda_rank) != (None, None)
+        if self.lambda_sparse is None and not own:
+            if self.budget is None:
+                raise ValueError(f"budget: none given for layer {site.name!r}, which no rule gives one; {_REMEDY}")
+            return Settings(options=options)
         sparse = self.lambda_sparse if rule.lambda_sparse is None else rule.lambda_sparse
         rank = self.lambda_rank if rule.lambda_rank is None else rule.lambda_rank
-        _check_penalties(None, sparse, rank)
-        assert sparse is not None
-        assert rank is not None
-        return Settings(budget=None, penalties=(sparse, rank), options=options)
+        _check_penalties(sparse, rank)
+        return Settings(options=options, penalties=(sparse, rank))  # pyright: ignore[reportArgumentType]
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the solved layers are."""
@@ -89,18 +106,40 @@ class Arguments:
         """The run's target as text."""
         if self.budget is not None:
             return self.budget.describe()
+        if self.lambda_sparse is None or self.lambda_rank is None:
+            return "by rules"
         return f"lambda_sparse={self.lambda_sparse:g}, lambda_rank={self.lambda_rank:g}"
 
 
-def _check_penalties(budget: Budget | None, sparse: float | None, rank: float | None) -> None:
-    if budget is not None:
-        if sparse is not None or rank is not None:
-            raise ValueError("budget, lambda_sparse, lambda_rank: give a budget or the two penalties, not both")
-        if not isinstance(budget, Budget):
-            raise ValueError(f"budget: {budget!r} is a {type(budget).__name__}; give Budget(params=0.5)")
+def _counted_in_macs(options: LayerOptions, site: LayerSite) -> LayerOptions:
+    """Options under which a form's stored values are its multiply-adds per position.
+
+    Identity blocks save storage but are multiplied by; the first half of a spatial pair runs before the stride.
+    """
+    forms = options.wanted()
+    if any(stride != 1 for stride in site.geometry.strides):
+        forms = tuple(form for form in forms if form != "spatial") or forms
+    return replace(options, gauge=False, form=forms)
+
+
+_REMEDY = "give budget=Budget(params=0.5), or both lambda_sparse and lambda_rank"
+
+
+def _check_target(budget: Budget | None, sparse: float | None, rank: float | None, rules: tuple[Rule, ...]) -> None:
+    if budget is None and (sparse, rank) == (None, None) and any(rule.budget is not None for rule in rules):
         return
+    if budget is None:
+        _check_penalties(sparse, rank)
+        return
+    if (sparse, rank) != (None, None):
+        raise ValueError("budget, lambda_sparse, lambda_rank: give a budget or the two penalties, not both")
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget: {budget!r} is a {type(budget).__name__}; give Budget(params=0.5)")
+
+
+def _check_penalties(sparse: float | None, rank: float | None) -> None:
     if sparse is None or rank is None:
-        raise ValueError("budget: none given; give budget=Budget(params=0.5), or both lambda_sparse and lambda_rank")
+        raise ValueError(f"budget: none given; {_REMEDY}")
     for name, value in (("lambda_sparse", sparse), ("lambda_rank", rank)):
         if not 0 <= value <= 1:
             raise ValueError(
@@ -116,21 +155,23 @@ def check_weights(model: nnx.Module) -> None:
             raise ValueError(f"model: {'/'.join(map(str, path))} holds NaN or infinite values; load sound weights")
 
 
-def check_reachable(site: LayerSite, settings: Settings | None) -> None:
-    """Raise a ValueError if the budget is below the smallest the layer can reach, naming that."""
+def check_reachable(site: LayerSite, settings: Settings) -> None:
+    """Raise a ValueError if the layer's fraction is below the smallest it can reach, naming that."""
     shape = site.geometry.matrix_shape
     least = minimum_budget(shape) / (shape.n * shape.p)
-    if settings is not None and settings.budget is not None and settings.budget.params < least:
+    if settings.fraction is not None and settings.fraction < least:
         raise ValueError(
-            f"budget: {settings.budget.describe()} is below what layer {site.name!r} can reach; its minimum is "
+            f"budget: params={settings.fraction:g} is below what layer {site.name!r} can reach; its minimum is "
             f"params={least:.4f}: raise the budget, or keep the layer with Rule(path={site.name!r}, keep=True)"
         )
 
 
-def make_arguments(options: LayerOptions | None, form: str | None, group: str | None, **rest: Any) -> Arguments:
+def make_arguments(
+    *, options: LayerOptions | None = None, form: str | None = None, group: str | None = None, **rest: Any
+) -> Arguments:
     """The checked arguments of a run; `form` and `group` override those of `options`."""
     base = vars(options or LayerOptions())
     changes = {k: v for k, v in (("form", form), ("group", group)) if v is not None}
-    rest["rules"] = tuple(rest["rules"])
-    rest["call"] = rest["call"] or (lambda model, batch: model(batch))
+    rest["rules"] = tuple(rest.get("rules", ()))
+    rest["call"] = rest.get("call") or (lambda model, batch: model(batch))
     return Arguments(options=LayerOptions(**{**base, **changes}), **rest)

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from solvers.terms import TERMS, Term
+from unified_approx.allocation.sensitivity import Sensitivity
 
+_SENSITIVITY = "sensitivity.json"
 _MANIFEST = "run.json"
 
 
@@ -71,6 +73,15 @@ class WorkDir:
         partial = self._file(index).with_suffix(".partial")
         save_file(tensors, partial, metadata={"layer": json.dumps(header)})
         partial.replace(self._file(index))
+
+    def keep_sensitivity(self, table: Sensitivity) -> None:
+        """Write the table that the run's allocation was made from."""
+        table.save(self.path / _SENSITIVITY)
+
+    def sensitivity(self) -> Sensitivity | None:
+        """The table, or None if it has not been measured yet."""
+        path = self.path / _SENSITIVITY
+        return Sensitivity.load(path) if path.exists() else None
 
     def fetch(self, index: int) -> tuple[tuple[Term, ...], np.ndarray, dict[str, Any]] | None:
         """A stored layer (terms, bias, report row), or None if it has not been solved yet."""

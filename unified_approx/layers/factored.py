@@ -146,7 +146,7 @@ class Factored(nnx.Module):
         offered = self.executions()
         factored = [name for name in offered if name.startswith(FACTORED)]
         if execution == AUTO:
-            execution = min([MERGED, *factored[:1]], key=self.macs_per_position)
+            execution = min([MERGED, *factored], key=self.macs_per_position)
         elif execution == FACTORED and factored:
             execution = min(factored, key=self.macs_per_position)
         check_execution(execution, offered)

@@ -1,0 +1,215 @@
+"""Budgets over a whole network: menus, losses, the knapsack, and what comes out."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import unified_approx as ua
+from solvers.curves import error_curves, fit_columns, fit_rank
+from solvers.gram import gram_statistics, least_squares, linear_error, with_ridge
+from solvers.reconstruction import LayerProblem
+from solvers.terms import MatrixShape
+from unified_approx import datasets, evaluate, zoo
+from unified_approx.allocation import Item, LayerMenu, choose
+from unified_approx.allocation.probe import Probe
+from unified_approx.allocation.sensitivity import Measured, with_losses
+
+QUIET = {"progress": lambda event: None}
+FAST = {**QUIET, "rows": 1024, "batch_size": 50, "form": "columns"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    entry, data = zoo.entry("digits"), datasets.load("digits")
+    x, test = (entry.preprocess(images) for images in (data.x_train[:300], data.x_test))
+    return zoo.load("digits"), x, np.asarray(data.y_train[:300]), test, data.y_test
+
+
+@pytest.fixture(scope="module")
+def table(digits):
+    return ua.sensitivity(digits[0], digits[1], **{k: v for k, v in FAST.items() if k != "form"})
+
+
+def statistics(n, p, seed=0):
+    rng = np.random.default_rng(seed)
+    with jax.enable_x64(True):
+        x = rng.normal(size=(400, p)) @ rng.normal(size=(p, p))
+        h = jax.numpy.asarray(x @ rng.normal(size=(n, p)).T)
+        problem = LayerProblem(x=jax.numpy.asarray(x), y=h, response=h, bias=jax.numpy.zeros(n))
+        stats = with_ridge(gram_statistics(problem), 1e-9)
+        return stats, least_squares(stats)
+
+
+@pytest.mark.parametrize(("n", "p"), [(6, 18), (20, 9)])
+def test_curves_are_the_errors_of_the_fits(n, p):
+    stats, w = statistics(n, p)
+    with jax.enable_x64(True):
+        curves = error_curves(stats, w, MatrixShape((3, 3), p // 9, n))
+        for k in (0, 1, p // 2, p):
+            assert linear_error(stats, fit_columns(stats, curves.order, k)) == pytest.approx(curves.columns[k], abs=1e-6)
+        for r in (0, 1, min(n, p) // 2, min(n, p)):
+            assert linear_error(stats, fit_rank(stats, r)) == pytest.approx(curves.low_rank[r], abs=1e-6)
+
+
+def test_whole_channels_are_offered_whole():
+    stats, w = statistics(6, 18)
+    with jax.enable_x64(True):
+        order = error_curves(stats, w, MatrixShape((3, 3), 2, 6), "channel").order
+    assert len(set(order[:9] % 2)) == 1
+
+
+def random_menus(count, seed):
+    rng = np.random.default_rng(seed)
+    menus = []
+    for i in range(count):
+        values = np.sort(rng.uniform(1, 100, 4))
+        losses = np.sort(rng.exponential(size=4))[::-1]
+        losses[-1] = 0
+        items = tuple(
+            Item(form="columns", size=1, values=v, macs=v * (i + 1), error=0.1, loss=x)
+            for v, x in zip(values, losses, strict=True)
+        )
+        menus.append(LayerMenu(name=str(i), shape=(1, 1), positions=i + 1, items=items))
+    return menus
+
+
+@pytest.mark.parametrize("limits", [{"params": 0.5}, {"params": 0.6, "macs": 0.4}, {"macs": 0.7, "bytes": 0.9}])
+@pytest.mark.parametrize("seed", range(4))
+def test_knapsack_against_all_choices(limits, seed):
+    menus = random_menus(5, seed)
+    bounds = {name: f * sum(m.items[-1].cost(name) for m in menus) for name, f in limits.items()}
+    every = itertools.product(*(m.items for m in menus))
+    within = [c for c in every if all(sum(i.cost(name) for i in c) <= bound for name, bound in bounds.items())]
+    if not within:
+        with pytest.raises(ValueError, match="relax one of them"):
+            choose(menus, bounds)
+        return
+    found = choose(menus, bounds)
+    assert all(sum(i.cost(name) for i in found.items) <= bound * (1 + 1e-9) for name, bound in bounds.items())
+    assert found.loss == pytest.approx(min(sum(i.loss for i in c) for c in within), rel=1e-3, abs=1e-9)
+    assert found.gap <= 1e-3
+
+
+def test_losses_are_interpolated_and_never_fall_with_the_error():
+    items = [Item(form="columns", size=1, values=1.0, macs=1.0, error=e) for e in (0.01, 0.05, 0.1, 0.3, 0.9)]
+    items.append(Item(form="dense", size=1, values=9.0, macs=9.0, error=0.0))
+    points = [Measured(error=0.02, loss=0.1), Measured(error=0.1, loss=0.4), Measured(error=0.3, loss=0.39)]
+    losses = [item.loss for item in with_losses(items, points)]
+    assert losses[2] == pytest.approx(0.4)
+    assert losses[0] == pytest.approx(0.05)
+    assert np.all(np.diff(losses[:5]) >= 0)
+    assert losses[5] == 0
+
+
+def test_probe_measures_the_exchanged_network_and_its_second_order(digits):
+    model, x = digits[0], digits[1][:64]
+    probe = Probe(model, [x[:32], x[32:]], evaluate.forward)
+    assert probe.loss(("conv2",), model.conv2) == pytest.approx(0, abs=1e-6)
+    for size, tolerance in ((1e-2, 0.1), (0.5, np.inf)):
+        noisy = nnx.clone(model)
+        noise = np.random.default_rng(0).normal(size=noisy.conv2.kernel.shape) * size * 0.02
+        noisy.conv2.kernel[...] = noisy.conv2.kernel[...] + noise.astype(np.float32)
+        expected = evaluate.agreement(evaluate.predict(model, x), evaluate.predict(noisy, x))["kl"]
+        assert probe.loss(("conv2",), noisy.conv2) == pytest.approx(expected, rel=1e-2, abs=1e-7)
+        assert probe.fisher(("conv2",), noisy.conv2) == pytest.approx(expected, rel=tolerance, abs=1e-6)
+
+
+def test_table_covers_every_layer_and_survives_a_file(table, tmp_path):
+    assert [menu.name for menu in table.menus] == ["conv1", "conv2", "conv3", "fc"]
+    for menu, measured in zip(table.menus, table.measured, strict=True):
+        assert menu.items[-1].form == "dense"
+        assert menu.items[-1].loss == 0
+        assert np.all(np.diff([item.values for item in menu.items]) > 0)
+        assert measured[-1].loss > measured[0].loss
+    table.save(tmp_path / "table.json")
+    assert ua.Sensitivity.load(tmp_path / "table.json") == table
+
+
+@pytest.mark.parametrize("limits", [{"params": 0.3}, {"macs": 0.3}, {"params": 0.5, "macs": 0.25}, {"bytes": 0.4}])
+def test_budgets_are_met_over_the_whole_network(digits, table, limits):
+    model, x, _, test, labels = digits
+    result = ua.compress(model, x, budget=ua.Budget(**limits), sensitivity=table, **FAST)
+    report = result.report
+    assert result.budget_met
+    reached = {"params": 1 / report.params_ratio, "macs": 1 / report.macs_ratio, "bytes": 1 / report.cr}
+    for name, limit in limits.items():
+        assert reached[name] <= limit
+    assert any(reached[name] > 0.85 * limit for name, limit in limits.items())
+    assert evaluate.accuracy(result.model, test, labels) > 90
+
+
+def test_allocation_beats_the_same_fraction_everywhere(digits, table):
+    model, x, _, test, _ = digits
+    reference, agreements = evaluate.predict(model, test), {}
+    for allocation in ("kl", "uniform"):
+        budget = ua.Budget(params=0.2)
+        more = {"sensitivity": table} if allocation == "kl" else {}
+        result = ua.compress(model, x, budget=budget, allocation=allocation, **more, **FAST)
+        assert result.report.params_ratio >= 5
+        agreements[allocation] = evaluate.agreement(reference, evaluate.predict(result.model, test))["kl"]
+    assert agreements["kl"] < 0.8 * agreements["uniform"]
+
+
+def test_plan_shows_the_allocation(digits, table):
+    planned = ua.plan(digits[0], digits[1], budget=ua.Budget(params=0.3), sensitivity=table, rows=1024, batch_size=50)
+    assert planned.sensitivity is table
+    shares = [row["values"] / np.prod(row["shape"]) for row in planned.layers]
+    assert max(shares) > 1.5 * min(shares)
+
+
+def test_a_loose_budget_leaves_layers_dense_with_the_reason(digits, table):
+    result = ua.compress(digits[0], digits[1], budget=ua.Budget(params=0.98), sensitivity=table, **FAST)
+    kept = [row for row in result.report.layers if row.status == "kept"]
+    assert kept
+    assert all("dense pays best" in row.reason for row in kept)
+
+
+def test_smallest_network_that_keeps_the_accuracy(digits):
+    model, x, y, _, _ = digits
+    result = ua.compress(model, x, budget=ua.Budget(max_drop=5.0), labels=y, held_out=0.3, **FAST)
+    held = slice(-90, None)
+    drop = evaluate.accuracy(model, x[held], y[held]) - evaluate.accuracy(result.model, x[held], y[held])
+    assert drop <= 5.0
+    assert result.report.params_ratio > 3
+
+
+BAD = [
+    ({"budget": ua.Budget(params=0.001)}, "below the smallest that can be reached, params=0.0"),
+    ({"budget": ua.Budget(params=0.1), "rules": [ua.Rule(path="conv3", keep=True)]}, "already take 0.5"),
+    ({"budget": ua.Budget(max_drop=1.0)}, "labels: Budget(max_drop=1) measures accuracy"),
+    ({"allocation": "magic"}, "allocation: 'magic' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_budgets(digits, table, change, message):
+    arguments = {"budget": ua.Budget(params=0.5), "sensitivity": table, **change}
+    if "rules" in change:
+        arguments.pop("sensitivity")
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        ua.compress(digits[0], digits[1], **arguments, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({}, "limits nothing"), ({"params": 0.5, "max_drop": 1.0}, "contradicts itself"), ({"macs": 2.0}, "macs=2.0")],
+)
+def test_contradictory_budgets(limits, message):
+    with pytest.raises(ValueError, match=message):
+        ua.Budget(**limits)
+
+
+def test_a_table_of_another_network(digits, table):
+    other = replace(table, identity="another")
+    with pytest.raises(ValueError, match="of another network"):
+        ua.compress(digits[0], digits[1], budget=ua.Budget(params=0.5), sensitivity=other, **FAST)
+
+
+def test_a_damaged_table(tmp_path):
+    (tmp_path / "t.json").write_text('{"version": 1, "menus": 3}')
+    with pytest.raises(ValueError, match="no sensitivity table"):
+        ua.Sensitivity.load(tmp_path / "t.json")

@@ -1,0 +1,97 @@
+"""From the budget of the network to what each layer is asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from solvers.layer import minimum_budget
+from unified_approx.allocation.knapsack import Choice, choose
+from unified_approx.allocation.sensitivity import Sensitivity
+from unified_approx.budget import Budget
+from unified_approx.cost import NetworkCost
+from unified_approx.settings import Settings
+from unified_approx.sites import LayerSite, Path
+
+if TYPE_CHECKING:
+    from unified_approx.run import Run
+
+DENSE = "dense pays best under the budget"
+
+
+def total_cost(cost: NetworkCost, name: str) -> float:
+    """What a budget of that name counts of a network: values, indices at 32 bits to a value, or multiply-adds."""
+    return float(cost.macs) if name == "macs" else cost.params + cost.index_bits / 32
+
+
+def open_limits(run: "Run", budget: Budget) -> dict[str, float]:
+    """What the layers of open size may cost together, by cost name, after all others have had their share.
+
+    Raises:
+        ValueError: the other layers alone exceed the budget.
+    """
+    limits = {}
+    for name, fraction in budget.given().items():
+        total = total_cost(run.cost, name)
+        fixed = total - sum(_cost(run, site, name) * _saved(run.settings[site.path]) for site in run.capture.sites)
+        limits[name] = fraction * total - fixed
+        if limits[name] <= 0:
+            raise ValueError(
+                f"budget: {name}={fraction:g}, but the layers that are kept or have budgets of their own already take "
+                f"{fixed / total:.4f} of the network; raise the budget above that or let more layers be compressed"
+            )
+    return limits
+
+
+def _cost(run: "Run", site: LayerSite, name: str) -> float:
+    shape = site.geometry.matrix_shape
+    return float(shape.n * shape.p * (run.positions(site) if name == "macs" else 1))
+
+
+def _saved(settings: Settings) -> float:
+    """The share of a layer that is not settled: all of it if open, what its rule takes away if not."""
+    if settings.open:
+        return 1.0
+    return 0.0 if settings.fraction is None else 1 - settings.fraction
+
+
+def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
+    """The same fraction for every open layer, the largest within all limits."""
+    sites = _open_sites(run)
+    limits = open_limits(run, budget)
+    shares = [limit / sum(_cost(run, s, name) for s in sites) for name, limit in limits.items()]
+    fraction = min(1.0, *shares)
+    return {site.path: replace(run.settings[site.path], fraction=fraction) for site in sites}
+
+
+def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:
+    """The sizes of least expected loss within all limits."""
+    sites, limits = _open_sites(run), open_limits(run, budget)
+    _check_reachable(run, sites, budget, limits)
+    menus = [next(m for m in table.menus if m.name == site.name) for site in sites]
+    choice = choose(menus, limits)
+    found = {}
+    for site, item in zip(sites, choice.items, strict=True):
+        shape, settings = site.geometry.matrix_shape, run.settings[site.path]
+        if item.form == "dense":
+            found[site.path] = replace(settings, dense=DENSE)
+        else:
+            fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
+            found[site.path] = replace(settings, fraction=fraction)
+    return found, choice
+
+
+def _open_sites(run: "Run") -> list[LayerSite]:
+    return [site for site in run.capture.sites if run.settings[site.path].open]
+
+
+def _check_reachable(run: "Run", sites: Sequence[LayerSite], budget: Budget, limits: Mapping[str, float]) -> None:
+    for name, limit in limits.items():
+        positions = [run.positions(site) if name == "macs" else 1 for site in sites]
+        least = sum(minimum_budget(s.geometry.matrix_shape) * q for s, q in zip(sites, positions, strict=True))
+        if limit < least:
+            total = total_cost(run.cost, name)
+            reachable = budget.given()[name] + (least - limit) / total
+            raise ValueError(
+                f"budget: {name}={budget.given()[name]:g} is below the smallest that can be reached, "
+                f"{name}={reachable:.4f}; raise it, or let more layers be compressed"
+            )

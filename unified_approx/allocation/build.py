@@ -1,0 +1,94 @@
+"""Measures a network's sensitivity: one pass over its layers for the menus, and a few forward passes for the losses."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from solvers.gram import best_bias
+from solvers.layer import minimum_budget
+from solvers.ridge import SCARCE, selection_statistics
+from solvers.terms import Dense
+from unified_approx.allocation.menu import LayerMenu, curves_of, make_items, matrix_of, positions_of
+from unified_approx.allocation.probe import Probe
+from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread, with_losses
+from unified_approx.assemble import assemble
+from unified_approx.sampling import problems
+from unified_approx.sites import LayerSite
+
+if TYPE_CHECKING:
+    from unified_approx.run import Run
+
+_LEVELS = {"kl": (0.01, 0.05, 0.2, 0.5), "fisher": (0.05,)}  # relative errors at which the network is asked
+_MIN_ROWS = 8192
+_IMAGES = 256
+
+Step = Callable[[int, int, str], Any]
+
+
+def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAGES) -> Sensitivity:
+    """The menus of all layers whose size is open, with their losses.
+
+    Inputs are the original network's. Each layer is put in alone at a few sizes, as the simple forms give them, and
+    the distance of the network's outputs from the original's is measured on the first examples.
+
+    Args:
+        run: the network, the data and the settings.
+        method: "kl" or "fisher".
+        step: called with (index, total, name) before each layer.
+        images: examples that the losses are measured on.
+    """
+    start = time.perf_counter()
+    capture, sites = run.new_capture(), [site for site in run.capture.sites if run.settings[site.path].open]
+    dense = {s.path: run.module(s, (Dense(np.asarray(run.original(s))),), s.shift.astype(np.float32)) for s in sites}
+    whole = assemble(run.model, dense, run.capture.sites)
+    whole.eval()
+    used = max(1, min(images, run.num_images) // len(jax.tree.leaves(run.batches[0])[0]))
+    probe = Probe(whole, run.batches[:used], run.arguments.call)
+    ask = probe.loss if method == "kl" else probe.fisher
+    menus, measured = [], []
+    for index, site in enumerate(sites):
+        step(index, len(sites), site.name)
+        items, points = _layer(run, capture.find(site.path), capture, ask, _LEVELS[method])
+        shape = site.geometry.matrix_shape
+        positions = positions_of(capture.output_spatial(site), site.num_calls)
+        menus.append(LayerMenu(name=site.name, shape=(shape.n, shape.p), positions=positions, items=items))
+        measured.append(tuple(points))
+    return Sensitivity(
+        identity=run.sensitivity_identity(method),
+        method=method,
+        menus=tuple(menus),
+        measured=tuple(measured),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _layer(run: "Run", site: LayerSite, capture: Any, ask: Callable[..., float], levels: tuple[float, ...]) -> Any:
+    """Items with losses, and what was measured, of one layer."""
+    options, shape = run.settings[site.path].options, site.geometry.matrix_shape
+    seen = capture.observe(site)
+    capture.keep(site)
+    rows = max(_MIN_ROWS, SCARCE * shape.p)
+    problem, held_out = problems(site, seen, run.held_out_from, rows, run.arguments.seed)
+    del seen
+    original = run.original(site)
+    found = selection_statistics(
+        problem, held_out, ridge=options.ridge, float64_up_to=options.float64_up_to, original=original
+    )
+    with jax.enable_x64(found.wide):
+        curves = curves_of(found.stats, found.w, shape, options.group)
+    positions = positions_of(capture.output_spatial(site), site.num_calls)
+    items = make_items(curves, shape, positions, minimum_budget(shape))
+    points = []
+    for item in spread(items, levels):
+        with jax.enable_x64(found.wide):
+            m = matrix_of(item, curves, found.stats)
+            bias = np.asarray(best_bias(found.stats, m), np.float32)
+        layer = run.module(site, (Dense(np.asarray(m, np.float32)),), bias)
+        points.append(Measured(error=item.error, loss=ask(site.path, layer)))
+    return with_losses(items, points), points
+
+
+

@@ -1,0 +1,122 @@
+"""What one layer could become: sizes with their costs and their error."""
+
+from dataclasses import dataclass
+from math import ceil, log2, prod
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from solvers.curves import ErrorCurves, error_curves, fit_columns, fit_rank
+from solvers.forms import largest_rank
+from solvers.gram import GramStatistics
+from solvers.terms import MatrixShape, index_bits
+
+_SIZES = np.geomspace(0.02, 0.92, 24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One size of one layer.
+
+    Attributes:
+        form: "dense", "columns" or "low_rank": the cheaper of two simple forms, which stands for the size.
+        size: kept columns, or rank.
+        values: stored values; an index counts its bits / 32.
+        macs: multiply-adds per example.
+        error: relative squared error before the activation.
+        loss: expected fall of the network's output, in nats, when this layer alone is so; 0 for dense.
+    """
+
+    form: str
+    size: int
+    values: float
+    macs: float
+    error: float
+    loss: float = 0.0
+
+    def cost(self, name: str) -> float:
+        """What a budget of that name counts."""
+        return self.macs if name == "macs" else self.values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMenu:
+    """The sizes of one layer, dense last.
+
+    Attributes:
+        name: of the layer.
+        shape: of its matrix.
+        positions: output positions per example, all calls together.
+        items: by increasing size.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    positions: int
+    items: tuple[Item, ...]
+
+
+def make_items(curves: ErrorCurves, shape: MatrixShape, positions: int, least: float) -> list[Item]:
+    """The better of columns and low rank at each size of a grid, dense included; `least` is the smallest budget."""
+    n, p = shape.n, shape.p
+    items: list[Item] = []
+    for values in np.maximum(_SIZES * n * p, least):
+        both = [item for item in (_columns(curves, values, n, p), _rank(curves, values, n, p)) if item is not None]
+        if both and (best := min(both, key=lambda item: item.error)).error < 1:
+            items.append(best)
+    unique = {item.values: item for item in items}.values()
+    scaled = [Item(**{**vars(item), "macs": item.macs * positions}) for item in unique]
+    dense = Item(form="dense", size=p, values=n * p, macs=n * p * positions, error=0.0)
+    return [*_falling(scaled), dense]
+
+
+def _columns(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
+    k = int(min((values - p / 32) // n, p)) // curves.group_size * curves.group_size
+    if k < 1:
+        return None
+    return Item(
+        form="columns",
+        size=k,
+        values=n * k + index_bits(k, p) / 32,
+        macs=float(n * k),
+        error=float(curves.columns[k]),
+    )
+
+
+def _rank(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
+    pivot = ceil(log2(max(2, n))) / 32
+    rank = largest_rank(values, n, p, True, pivot)
+    if rank < 1 or rank * (n + p) >= n * p or curves.group_size > 1:
+        return None
+    stored = rank * (n + p - rank)
+    return Item(
+        form="low_rank",
+        size=rank,
+        values=stored + rank * pivot,
+        macs=float(rank * (n + p)),
+        error=float(curves.low_rank[rank]),
+    )
+
+
+def _falling(items: list[Item]) -> list[Item]:
+    """Without the items that a smaller one beats."""
+    kept: list[Item] = []
+    for item in sorted(items, key=lambda item: item.values):
+        if not kept or item.error < kept[-1].error:
+            kept.append(item)
+    return kept
+
+
+def matrix_of(item: Item, curves: ErrorCurves, stats: GramStatistics) -> Float[Array, "n p"]:
+    """The fitted matrix of an item."""
+    return fit_columns(stats, curves.order, item.size) if item.form == "columns" else fit_rank(stats, item.size)
+
+
+def curves_of(stats: GramStatistics, w: Float[Array, "n p"], shape: MatrixShape, group: str) -> ErrorCurves:
+    """The layer's curves; see `solvers.curves.error_curves`."""
+    return error_curves(stats, w, shape, group)
+
+
+def positions_of(spatial: tuple[int, ...], num_calls: int) -> int:
+    """Output positions per example."""
+    return prod(spatial) * num_calls

@@ -1,0 +1,71 @@
+"""Checkpoints of training runs, written by Orbax."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """A folder of checkpoints that belongs to one training run."""
+
+    def __init__(self, path: str | PathLike[str], identity: dict[str, Any]):
+        """Open or create the folder.
+
+        Raises:
+            ValueError: the folder holds the checkpoints of another run.
+        """
+        self._path = Path(path).absolute()
+        self._path.mkdir(parents=True, exist_ok=True)
+        manifest = self._path / "run.json"
+        if not manifest.exists():
+            if any(self._path.iterdir()):
+                raise ValueError(f"checkpoint_dir: {path} is not empty and holds no run.json; give a new folder")
+            manifest.write_text(json.dumps(identity))
+        elif (before := json.loads(manifest.read_text())) != json.loads(json.dumps(identity)):
+            different = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
+            raise ValueError(
+                f"checkpoint_dir: {path} belongs to a run with another {different[0] if different else 'identity'}; "
+                "give a new folder, or repeat that run's arguments"
+            )
+        options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._path / "steps", options=options)
+
+    def save(self, number: int, state: PyTree, history: list[dict[str, Any]]) -> None:
+        """Write one checkpoint; it is there whole or not at all."""
+        arrays = {str(i): _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        self._manager.save(
+            number, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(history))
+        )
+        self._manager.wait_until_finished()
+
+    def latest(self, like: PyTree) -> dict[str, Any] | None:
+        """The last checkpoint in the structure of `like`, with its "history"; None if there is none."""
+        number = self._manager.latest_step()
+        if number is None:
+            return None
+        leaves, structure = jax.tree.flatten(like)
+        arrays = {str(i): _plain(leaf) for i, leaf in enumerate(leaves)}
+        found = self._manager.restore(
+            number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), history=ocp.args.JsonRestore())
+        )
+        restored = [_as(leaf, found.state[str(i)]) for i, leaf in enumerate(leaves)]
+        return {**jax.tree.unflatten(structure, restored), "history": found.history}
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def _as(leaf: Any, value: np.ndarray) -> jax.Array:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jax.numpy.asarray(value))
+    return jax.numpy.asarray(value, leaf.dtype)

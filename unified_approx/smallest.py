@@ -1,0 +1,76 @@
+"""The smallest network that keeps the accuracy: a search over budgets, judged on held-out examples."""
+
+from collections.abc import Callable, Mapping
+from math import exp, log
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Shaped
+
+from unified_approx import calibration as examples
+from unified_approx.budget import Budget
+from unified_approx.evaluate import accuracy, forward
+
+_TRIALS = 6
+_RANGE = (0.05, 0.95)
+
+
+def smallest(
+    model: nnx.Module,
+    calibration: Any,
+    labels: Shaped[np.ndarray, " examples"] | None,
+    max_drop: float,
+    compress: Callable[..., Any],
+    arguments: Mapping[str, Any],
+) -> Any:
+    """Bisects the logarithm of `params` for the smallest budget whose network loses at most `max_drop` points.
+
+    Accuracies of the original and of every trial are measured on the same held-out calibration examples, with their
+    labels. A handful of points are decided by few examples: give enough of them.
+
+    Args:
+        model: the original.
+        calibration: examples, as `compress` takes them.
+        labels: one integer per example.
+        max_drop: points.
+        compress: of `unified_approx.pipeline`.
+        arguments: of every trial, the budget aside.
+
+    Raises:
+        ValueError: labels are missing or do not fit, or no trial keeps the accuracy.
+    """
+    data = examples.gather(calibration)
+    count = examples.count(data)
+    if labels is None or np.shape(labels) != (count,):
+        raise ValueError(
+            f"labels: Budget(max_drop={max_drop:g}) measures accuracy; give one integer label for each of the {count} "
+            f"calibration examples, not {None if labels is None else np.shape(labels)}"
+        )
+    held = max(1, round(arguments["held_out"] * count))
+    call = arguments["call"] or forward
+    x, y = jax.tree.map(lambda a: a[-held:], data), np.asarray(labels)[-held:]
+    reference = accuracy(model, x, y, call=call)
+    low, high, best, table = *map(log, _RANGE), None, arguments["sensitivity"]
+    for _ in range(_TRIALS):
+        middle = (low + high) / 2
+        trial = {**arguments, "budget": Budget(params=exp(middle)), "sensitivity": table, "work_dir": None}
+        try:
+            result = compress(model, data, **trial)
+        except ValueError as error:
+            if "budget" not in str(error):
+                raise
+            low = middle
+            continue
+        table = result.sensitivity
+        if reference - accuracy(result.model, x, y, call=call) <= max_drop:
+            best, high = result, middle
+        else:
+            low = middle
+    if best is None:
+        raise ValueError(
+            f"budget: max_drop={max_drop:g} was not kept by any of {_TRIALS} networks down from params={_RANGE[1]:g} on "
+            f"{held} held-out examples; allow a larger drop, or give more examples"
+        )
+    return best

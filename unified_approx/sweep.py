@@ -1,0 +1,298 @@
+"""Many compressions of one network: along paths of penalties or over budgets, on any executor, into one Parquet file."""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from flax import nnx
+from jaxtyping import Array, Int, Shaped
+
+from unified_approx import calibration as examples
+from unified_approx.allocation import Sensitivity
+from unified_approx.budget import Budget
+from unified_approx.evaluate import accuracy
+from unified_approx.pipeline import compress, sensitivity
+from unified_approx.work_dir import fingerprint
+
+Warm = Mapping[str, np.ndarray]
+_ATTEMPTS = 3  # of one point whose worker died
+_IDENTITY = b"unified-approx sweep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One compression of a sweep.
+
+    Attributes:
+        index: its place in the sweep.
+        path: points of one path start from one another, in order.
+        budget: as text, or None.
+        lambda_sparse: fraction of the maximum, or None.
+        lambda_rank: likewise.
+    """
+
+    index: int
+    path: int
+    budget: str | None = None
+    lambda_sparse: float | None = None
+    lambda_rank: float | None = None
+
+    def target(self) -> dict[str, Any]:
+        """As arguments of `compress`."""
+        if self.budget is not None:
+            return {"budget": Budget.parse(self.budget)}
+        return {"lambda_sparse": self.lambda_sparse, "lambda_rank": self.lambda_rank}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs besides the point: sent along with every task, so that any worker can take any."""
+
+    graphdef: Any
+    state: Any
+    data: Any
+    test: tuple[np.ndarray, np.ndarray] | None
+    arguments: Mapping[str, Any]
+    table: Sensitivity | None
+    networks: str | None
+
+
+def _points(
+    budgets: Sequence[Budget | float] | None,
+    lambda_sparse: Sequence[float] | None,
+    lambda_rank: Sequence[float] | None,
+) -> list[Point]:
+    if (budgets is None) == (lambda_sparse is None) or (lambda_sparse is None) != (lambda_rank is None):
+        raise ValueError("budgets, lambda_sparse, lambda_rank: give budgets, or both lists of penalties")
+    if budgets is not None:
+        texts = [(b if isinstance(b, Budget) else Budget(params=b)).describe() for b in budgets]
+        points = [Point(index=i, path=i, budget=text) for i, text in enumerate(texts)]
+    else:
+        assert lambda_sparse is not None
+        assert lambda_rank is not None
+        # Along a path the sparse penalty falls: solutions change little from one point to the next.
+        pairs = itertools.product(enumerate(lambda_rank), sorted(lambda_sparse, reverse=True))
+        points = [
+            Point(index=i, path=path, lambda_sparse=sparse, lambda_rank=rank)
+            for i, ((path, rank), sparse) in enumerate(pairs)
+        ]
+    if not points:
+        raise ValueError("budgets, lambda_sparse, lambda_rank: the lists are empty; give at least one point")
+    return points
+
+
+def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], Warm]:
+    """One point; runs in a worker."""
+    model = nnx.merge(job.graphdef, job.state)
+    start = time.perf_counter()
+    more = {"sensitivity": job.table} if point.budget is not None else {}
+    result = compress(
+        model, job.data, progress=lambda event: None, start=warm, **point.target(), **job.arguments, **more
+    )
+    report = result.report
+    row = {
+        "index": point.index,
+        "path": point.path,
+        "budget": point.budget,
+        "lambda_sparse": point.lambda_sparse,
+        "lambda_rank": point.lambda_rank,
+        "accuracy": None if job.test is None else accuracy(result.model, *job.test),
+        "params_ratio": report.params_ratio,
+        "cr": report.cr,
+        "macs_ratio": report.macs_ratio,
+        "params": report.params,
+        "bits": report.bits,
+        "macs": report.macs,
+        "budget_met": report.budget_met,
+        "seconds": time.perf_counter() - start,
+        "layers": json.dumps(report.to_dict()["layers"]),
+    }
+    if job.networks is not None:
+        result.save(Path(job.networks) / f"{point.index:05d}.safetensors")
+    return row, {} if point.budget is not None else result.matrices
+
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("path", pa.int64()),
+        ("budget", pa.string()),
+        ("lambda_sparse", pa.float64()),
+        ("lambda_rank", pa.float64()),
+        *((name, pa.float64()) for name in ("accuracy", "params_ratio", "cr", "macs_ratio")),
+        *((name, pa.int64()) for name in ("params", "bits", "macs")),
+        ("budget_met", pa.bool_()),
+        ("seconds", pa.float64()),
+        ("layers", pa.string()),
+    ]
+)
+
+
+class SweepFile:
+    """The finished points of one sweep, as a Parquet file that is replaced whole each time a point is done."""
+
+    def __init__(self, path: str | PathLike[str], identity: str):
+        """Open a sweep's file, or start one.
+
+        Raises:
+            ValueError: the file is of another sweep, or is no Parquet file of a sweep.
+        """
+        self.path, self._identity = Path(path), identity
+        self.rows: dict[int, dict[str, Any]] = {}
+        if self.path.exists():
+            table = read_table(self.path)
+            if table.schema.metadata.get(_IDENTITY) != identity.encode():
+                raise ValueError(
+                    f"out: {path} belongs to another sweep (other weights, data or points); give a new file name"
+                )
+            self.rows = {row["index"]: row for row in table.to_pylist()}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add one point."""
+        self.rows[row["index"]] = row
+        rows = [self.rows[i] for i in sorted(self.rows)]
+        schema = _SCHEMA.with_metadata({_IDENTITY: self._identity.encode()})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
+        partial.replace(self.path)
+
+
+def read_table(path: str | PathLike[str]) -> pa.Table:
+    """The table of a sweep's file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not written by a sweep.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is no Parquet file, or a damaged one ({error}); delete it to start anew") from error
+    if _IDENTITY not in (table.schema.metadata or {}):
+        raise ValueError(f"{path} was not written by a sweep; give the file that `sweep` wrote")
+    return table
+
+
+def sweep(
+    model: nnx.Module,
+    calibration: Any,
+    *,
+    budgets: Sequence[Budget | float] | None = None,
+    lambda_sparse: Sequence[float] | None = None,
+    lambda_rank: Sequence[float] | None = None,
+    test: tuple[Shaped[np.ndarray | Array, "n ..."], Int[np.ndarray | Array, " n"]] | None = None,
+    out: str | PathLike[str] = "sweep.parquet",
+    networks: str | PathLike[str] | None = None,
+    executor: Executor | None = None,
+    progress: Callable[[int, int, dict[str, Any]], None] | None = None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
+    """Compress a network at every point; finished points are in `out` at once, and a killed sweep goes on from them.
+
+    Penalties make one path for each `lambda_rank`, along which `lambda_sparse` falls and each point starts from the
+    matrices of the one before; paths run side by side. Budgets share one sensitivity table.
+
+    Args:
+        model: the network.
+        calibration: as `compress` takes it.
+        budgets: `Budget`s, or fractions of the parameters.
+        lambda_sparse: fractions of the maximum.
+        lambda_rank: fractions of the maximum.
+        test: (x, y) to measure accuracy on.
+        out: Parquet file, one row per point, `layers` as JSON.
+        networks: folder for the compressed networks; they are not kept by default.
+        executor: any `concurrent.futures.Executor`, for example a process pool or dask's `Client.get_executor()`; one
+            thread of this process by default. A point whose worker dies is tried again twice.
+        progress: called with (done, total, row).
+        **arguments: of `compress`, the same for all points.
+
+    Returns:
+        The rows, in the order of the points.
+
+    Raises:
+        ValueError: contradictory or empty lists, a file of another sweep, or what `compress` raises.
+        RuntimeError: the executor died; finished points are kept, and the same call with another one goes on.
+    """
+    points = _points(budgets, lambda_sparse, lambda_rank)
+    data = examples.gather(calibration)
+    file = SweepFile(out, _identity(model, data, points, arguments))
+    for point in points:
+        point.target()  # bad penalties show before any work
+    if networks is not None:
+        Path(networks).mkdir(parents=True, exist_ok=True)
+    table = None
+    missing = [p for p in points if p.index not in file.rows]
+    if missing and budgets is not None and arguments.get("allocation", "kl") != "uniform":
+        named = {k: v for k, v in arguments.items() if k in _OF_TABLE}
+        method = {"method": arguments["allocation"]} if "allocation" in arguments else {}
+        table = sensitivity(model, data, progress=lambda event: None, **named, **method)
+    graphdef, state = nnx.split(model)
+    known = None if test is None else (np.asarray(test[0]), np.asarray(test[1]))
+    folder = None if networks is None else str(Path(networks).absolute())
+    job = _Job(graphdef, jax.tree.map(np.asarray, state), data, known, arguments, table, folder)
+    own = ThreadPoolExecutor(max_workers=1) if executor is None else None
+    try:
+        for row in _run(job, points, file.rows, executor or own):  # pyright: ignore[reportArgumentType]
+            file.add(row)
+            if progress is not None:
+                progress(len(file.rows), len(points), row)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"executor: it died ({error}); {len(file.rows)} of {len(points)} points are in {out}: call again with a "
+            "new executor to go on"
+        ) from error
+    finally:
+        if own is not None:
+            own.shutdown(cancel_futures=True)
+    return [file.rows[point.index] for point in points]
+
+
+_OF_TABLE = ("rules", "group", "rows", "held_out", "seed", "batch_size", "call")
+
+
+def _run(job: _Job, points: Sequence[Point], done: Mapping[int, Any], executor: Executor) -> Iterator[dict[str, Any]]:
+    """Rows as they are finished; each path has one point at a time in work."""
+    queues = {path: list(group) for path, group in itertools.groupby(points, key=lambda p: p.path)}
+    running: dict[Future[Any], tuple[Point, int]] = {}
+
+    def submit(path: int, warm: Warm | None) -> None:
+        while queues[path] and queues[path][0].index in done:
+            queues[path].pop(0)  # the matrices of points from an earlier run are gone: the path starts cold here
+        if queues[path]:
+            point = queues[path].pop(0)
+            running[executor.submit(_solve, job, point, warm)] = (point, 1)
+
+    for path in queues:
+        submit(path, None)
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            point, attempt = running.pop(future)
+            error = future.exception()
+            if error is not None:
+                if isinstance(error, ValueError | BrokenProcessPool) or attempt == _ATTEMPTS:
+                    raise error
+                running[executor.submit(_solve, job, point, None)] = (point, attempt + 1)
+                continue
+            row, warm = future.result()
+            yield row
+            submit(point.path, warm or None)
+
+
+def _identity(model: nnx.Module, data: Any, points: Sequence[Point], arguments: Mapping[str, Any]) -> str:
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    settings = {"points": [repr(p) for p in points], **{k: repr(v) for k, v in arguments.items() if k != "call"}}
+    return fingerprint(settings, nnx.to_pure_dict(state), data)
