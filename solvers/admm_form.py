@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from solvers.activation import IDENTITY, RELU
 from solvers.admm import path, solve

@@ -1,4 +1,4 @@
-"""Error against size, for every size at once: what columns and low rank cost a layer, from one pass over its Gram matrix.
+"""Error against size for columns and low rank, every size at once, from one pass over a layer's Gram matrix.
 
 Allocating a budget over layers needs the whole curve of each; the better forms lie below these by a factor that varies
 little from layer to layer.
@@ -29,8 +29,8 @@ class ErrorCurves:
     """
 
     order: Int[np.ndarray, " p"]
-    columns: Float[np.ndarray, " p+1"]
-    low_rank: Float[np.ndarray, " ranks+1"]
+    columns: Float[np.ndarray, " sizes"]
+    low_rank: Float[np.ndarray, " ranks"]
     group_size: int = 1
 
 

@@ -195,9 +195,7 @@ class _Solver:
         self.problem, self.held_out, self.shape, self.options = problem, held_out, shape, options
         self.warnings: list[str] = []
         rows, wide = problem.x.shape[0], options.float64_up_to
-        found = selection_statistics(
-            problem, held_out, ridge=options.ridge, float64_up_to=wide, original=original
-        )
+        found = selection_statistics(problem, held_out, ridge=options.ridge, float64_up_to=wide, original=original)
         self.raw, self.held_stats, self.stats, self.w, ridge, self.wide = found
         if rows < shape.p or ridge > 1e3 * options.ridge:
             self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")

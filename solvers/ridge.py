@@ -5,7 +5,6 @@ The ridge draws towards the layer's original matrix where that is known: what th
 
 from itertools import accumulate, repeat
 from operator import mul
-
 from typing import NamedTuple
 
 import jax
@@ -110,5 +109,5 @@ def selection_statistics(
     with jax.enable_x64(wide):
         if original is not None and problem.weights is not None:
             original = original * jnp.sqrt(problem.weights)[:, None]
-        cast = [jax.tree.map(lambda a: jnp.asarray(a, dtype), s) for s in (raw, held)]
-        return SelectionStatistics(raw, held, *regularize(*cast, rows, ridge, original), wide)
+        own, other = (jax.tree.map(lambda a: jnp.asarray(a, dtype), s) for s in (raw, held))
+        return SelectionStatistics(raw, held, *regularize(own, other, rows, ridge, original), wide)

@@ -7,31 +7,39 @@ if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
+    from unified_approx.finetuning import finetune
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
     from unified_approx.run import Plan
     from unified_approx.storage import load, save
+    from unified_approx.sweeping import sweep
+    from unified_approx.training import Recipe, train
 
 # Imported on first use: the command line answers `--help` without loading JAX.
 _HOMES = {
     "Budget": "budget",
     "Plan": "run",
+    "Recipe": "training",
     "Report": "report",
     "Result": "pipeline",
     "Rule": "rules",
     "Sensitivity": "allocation",
     "compress": "pipeline",
+    "finetune": "finetuning",
     "load": "storage",
     "plan": "pipeline",
     "save": "storage",
     "sensitivity": "pipeline",
+    "sweep": "sweeping",
+    "train": "training",
 }
 _MODULES = ("datasets", "evaluate", "zoo")
 
 __all__ = [
     "Budget",
     "Plan",
+    "Recipe",
     "Report",
     "Result",
     "Rule",
@@ -39,10 +47,13 @@ __all__ = [
     "compress",
     "datasets",
     "evaluate",
+    "finetune",
     "load",
     "plan",
     "save",
     "sensitivity",
+    "sweep",
+    "train",
     "zoo",
 ]
 

@@ -42,7 +42,7 @@ class Checkpoints:
         """Write one checkpoint; it is there whole or not at all."""
         arrays = {str(i): _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         self._manager.save(
-            number, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(history))
+            number, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave({"epochs": history}))
         )
         self._manager.wait_until_finished()
 
@@ -56,16 +56,19 @@ class Checkpoints:
         found = self._manager.restore(
             number, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays), history=ocp.args.JsonRestore())
         )
-        restored = [_as(leaf, found.state[str(i)]) for i, leaf in enumerate(leaves)]
-        return {**jax.tree.unflatten(structure, restored), "history": found.history}
+        restored = [_as(leaf, found["state"][str(i)]) for i, leaf in enumerate(leaves)]
+        return {**jax.tree.unflatten(structure, restored), "history": found["history"]["epochs"]}
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _as(leaf: Any, value: np.ndarray) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
         return jax.random.wrap_key_data(jax.numpy.asarray(value))
     return jax.numpy.asarray(value, leaf.dtype)

@@ -41,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and the compressed network.")] = Path(

@@ -44,8 +44,7 @@ def sweep(
 ) -> None:
     """Compress at many budgets or penalties; one row per point."""
     with errors(debug):
-        from unified_approx import resolve
-        from unified_approx import sweep as sweeping
+        from unified_approx import resolve, sweeping
 
         if workers < 1:
             raise ValueError(f"--workers: {workers}; give at least 1")

@@ -180,8 +180,16 @@ def sensitivity(
     """How the network's output feels each layer's error: measured once, it serves every budget.
 
     Args:
-        model, calibration, rules, group, rows, held_out, seed, batch_size, progress, call: as in `compress`, and the
-            same there as here, or the table will not be accepted.
+        model: the network; this and all others as in `compress`, and the same there as here, or it refuses the table.
+        calibration: examples.
+        rules: layers that they keep, or give budgets of their own, are left out.
+        group: "column" or "channel".
+        rows: sampled output positions per layer; chosen when None.
+        held_out: fraction of the examples.
+        seed: of the sampled positions.
+        batch_size: examples that go through the network at a time.
+        progress: called before each layer.
+        call: how the network is called.
         method: "kl" (each layer alone, at four sizes) or "fisher" (the second-order expansion, at one).
 
     Raises:

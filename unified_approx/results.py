@@ -217,7 +217,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     source = Path(path)
     if source.suffix == ".parquet":
-        from unified_approx.sweep import read_table
+        from unified_approx.sweeping import read_table
 
         return read_table(source).to_pylist()
     try:

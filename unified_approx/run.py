@@ -160,7 +160,9 @@ class Run:
             if table is None:
                 table = measure_sensitivity(self, method, lambda i, n, name: progress(measuring(i, n, name)))
             elif table.identity != self.sensitivity_identity(table.method):
-                raise ValueError("sensitivity: the table is of another network, other data or other groups; leave it out")
+                raise ValueError(
+                    "sensitivity: the table is of another network, other data or groups; leave it out"
+                )
             found, self.choice = assign_by_loss(self, budget, table)
             self.settings |= found
         for site in self.capture.sites:
@@ -217,9 +219,9 @@ class Run:
         if budget is None and all(s.fraction is None for s in settings.values()):
             return None
         kept = all(
-            row.params + row.index_bits / 32 <= settings[row.name].fraction * row.original_params
+            row.params + row.index_bits / 32 <= fraction * row.original_params
             for row in layers
-            if settings[row.name].fraction is not None
+            if (fraction := settings[row.name].fraction) is not None
         )
         limits = {} if budget is None else budget.given()
         return kept and all(total_cost(after, name) <= f * total_cost(self.cost, name) for name, f in limits.items())

@@ -70,7 +70,7 @@ def smallest(
             low = middle
     if best is None:
         raise ValueError(
-            f"budget: max_drop={max_drop:g} was not kept by any of {_TRIALS} networks down from params={_RANGE[1]:g} on "
-            f"{held} held-out examples; allow a larger drop, or give more examples"
+            f"budget: max_drop={max_drop:g} was not kept by any of {_TRIALS} networks down from params={_RANGE[1]:g} "
+            f"on {held} held-out examples; allow a larger drop, or give more examples"
         )
     return best

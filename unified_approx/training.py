@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -99,8 +98,11 @@ def augment_crop_flip(images: Shaped[Array, "batch h w c"], key: PRNGKeyArray) -
     crop, flip = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     corner = jax.random.randint(crop, (size, 2), 0, 9)
-    cut = jax.vmap(lambda image, at: jax.lax.dynamic_slice_in_dim(
-        jax.lax.dynamic_slice_in_dim(image, at[0], height, 0), at[1], width, 1))(padded, corner)
+    cut = jax.vmap(
+        lambda image, at: jax.lax.dynamic_slice_in_dim(
+            jax.lax.dynamic_slice_in_dim(image, at[0], height, 0), at[1], width, 1
+        )
+    )(padded, corner)
     mirrored = jax.random.bernoulli(flip, 0.5, (size, 1, 1, 1))
     return jnp.where(mirrored, cut[:, :, ::-1], cut)
 
@@ -237,7 +239,9 @@ def train(
 
 def _check(x: Any, y: Any, validation: Any, patience: int | None) -> None:
     if np.shape(y) != (len(x),) or not jnp.issubdtype(y.dtype, jnp.integer):
-        raise ValueError(f"y: {y.dtype} of shape {np.shape(y)}; give one integer label for each of the {len(x)} examples")
+        raise ValueError(
+            f"y: {y.dtype} of shape {np.shape(y)}; give one integer label for each of the {len(x)} examples"
+        )
     if patience is not None and validation is None:
         raise ValueError(f"patience: {patience} epochs without a better accuracy; that needs validation=(x, y)")
 

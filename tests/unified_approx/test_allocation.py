@@ -50,7 +50,9 @@ def test_curves_are_the_errors_of_the_fits(n, p):
     with jax.enable_x64(True):
         curves = error_curves(stats, w, MatrixShape((3, 3), p // 9, n))
         for k in (0, 1, p // 2, p):
-            assert linear_error(stats, fit_columns(stats, curves.order, k)) == pytest.approx(curves.columns[k], abs=1e-6)
+            assert linear_error(stats, fit_columns(stats, curves.order, k)) == pytest.approx(
+                curves.columns[k], abs=1e-6
+            )
         for r in (0, 1, min(n, p) // 2, min(n, p)):
             assert linear_error(stats, fit_rank(stats, r)) == pytest.approx(curves.low_rank[r], abs=1e-6)
 

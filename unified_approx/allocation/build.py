@@ -48,10 +48,10 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
     used = max(1, min(images, run.num_images) // len(jax.tree.leaves(run.batches[0])[0]))
     probe = Probe(whole, run.batches[:used], run.arguments.call)
     ask = probe.loss if method == "kl" else probe.fisher
-    menus, measured = [], []
+    menus, measured, place = [], [], {site.path: i for i, site in enumerate(capture.sites)}
     for index, site in enumerate(sites):
         step(index, len(sites), site.name)
-        items, points = _layer(run, capture.find(site.path), capture, ask, _LEVELS[method])
+        items, points = _layer(run, capture.sites[place[site.path]], capture, ask, _LEVELS[method])
         shape = site.geometry.matrix_shape
         positions = positions_of(capture.output_spatial(site), site.num_calls)
         menus.append(LayerMenu(name=site.name, shape=(shape.n, shape.p), positions=positions, items=items))
@@ -89,6 +89,3 @@ def _layer(run: "Run", site: LayerSite, capture: Any, ask: Callable[..., float],
         layer = run.module(site, (Dense(np.asarray(m, np.float32)),), bias)
         points.append(Measured(error=item.error, loss=ask(site.path, layer)))
     return with_losses(items, points), points
-
-
-

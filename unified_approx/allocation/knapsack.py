@@ -62,4 +62,3 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
     return Choice(
         items=tuple(items[i] for i in chosen), loss=float(losses[chosen].sum()), gap=float(found.mip_gap or 0.0)
     )
-

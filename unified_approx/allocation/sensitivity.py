@@ -72,7 +72,9 @@ class Sensitivity:
             measured = tuple(tuple(Measured(**point) for point in points) for points in content.pop("measured"))
             return cls(menus=menus, measured=measured, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"sensitivity: {path} is no sensitivity table that this version reads ({error})") from error
+            raise ValueError(
+                f"sensitivity: {path} is no sensitivity table that this version reads ({error})"
+            ) from error
 
 
 def spread(items: Sequence[Item], levels: Sequence[float]) -> list[Item]:
@@ -86,7 +88,7 @@ def spread(items: Sequence[Item], levels: Sequence[float]) -> list[Item]:
 
 
 def with_losses(items: Sequence[Item], measured: Sequence[Measured]) -> tuple[Item, ...]:
-    """The items with losses interpolated in the logarithms of error and loss; outside, loss is proportional to error."""
+    """The items with losses interpolated in the logarithms; beyond what was measured, loss is proportional to error."""
     return tuple(replace(item, loss=_interpolate(item.error, measured)) for item in items)
 
 

@@ -14,6 +14,9 @@ from unified_approx.pipeline import Result
 from unified_approx.training import Epoch, Prepare, Recipe, Trained, train
 
 
+RECIPE = Recipe(learning_rate=0.01)
+
+
 def _as_given(x: Array) -> Array:
     return x
 
@@ -22,7 +25,7 @@ def finetune(
     result: Result | nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
     y: Int[np.ndarray | Array, " examples"],
-    recipe: Recipe = Recipe(learning_rate=0.01),
+    recipe: Recipe = RECIPE,
     *,
     original: nnx.Module | None = None,
     optimizer: optax.GradientTransformation | None = None,

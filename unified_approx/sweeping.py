@@ -1,4 +1,4 @@
-"""Many compressions of one network: along paths of penalties or over budgets, on any executor, into one Parquet file."""
+"""Many compressions of one network, on any executor, into one Parquet file."""
 
 import itertools
 import json
@@ -96,10 +96,8 @@ def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], 
     """One point; runs in a worker."""
     model = nnx.merge(job.graphdef, job.state)
     start = time.perf_counter()
-    more = {"sensitivity": job.table} if point.budget is not None else {}
-    result = compress(
-        model, job.data, progress=lambda event: None, start=warm, **point.target(), **job.arguments, **more
-    )
+    arguments = {**job.arguments, **point.target(), "sensitivity": job.table, "start": warm}
+    result = compress(model, job.data, progress=lambda event: None, **arguments)
     report = result.report
     row = {
         "index": point.index,

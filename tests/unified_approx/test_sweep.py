@@ -1,0 +1,154 @@
+"""Sweeps: any executor, one file, resumed where they stopped."""
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import unified_approx as ua
+from unified_approx import cli, datasets, zoo
+from unified_approx.plots import pareto_front
+from unified_approx.sweeping import read_table
+
+FAST = {"form": "columns", "rows": 512, "batch_size": 50}
+PENALTIES = {"lambda_sparse": [0.05, 0.2], "lambda_rank": [0.1]}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    entry, data = zoo.entry("digits"), datasets.load("digits")
+    x, test = (entry.preprocess(images) for images in (data.x_train[:100], data.x_test))
+    return zoo.load("digits"), x, (test, np.asarray(data.y_test))
+
+
+@pytest.fixture(scope="module")
+def swept(digits, tmp_path_factory):
+    model, x, test = digits
+    out = tmp_path_factory.mktemp("sweep") / "s.parquet"
+    seen = []
+    rows = ua.sweep(model, x, **PENALTIES, test=test, out=out, progress=lambda *event: seen.append(event), **FAST)
+    return out, rows, seen
+
+
+def test_rows_are_in_the_file_as_they_come(swept):
+    out, rows, seen = swept
+    assert [done for done, _, _ in seen] == [1, 2]
+    assert read_table(out).to_pylist() == rows
+    assert [row["lambda_sparse"] for row in rows] == [0.2, 0.05]
+    assert rows[0]["cr"] > rows[1]["cr"]
+    assert len(json.loads(rows[0]["layers"])) == 4
+
+
+def test_a_point_is_what_compress_gives(digits, swept):
+    model, x, _ = digits
+    alone = ua.compress(model, x, lambda_sparse=0.2, lambda_rank=0.1, progress=lambda e: None, **FAST)
+    assert swept[1][0]["params"] == alone.report.params
+
+
+def test_goes_on_where_it_stopped(digits, swept, tmp_path):
+    model, x, test = digits
+    out = tmp_path / "s.parquet"
+    table = read_table(swept[0])
+    pq.write_table(table.slice(0, 1), out)
+    seen = []
+    rows = ua.sweep(model, x, **PENALTIES, test=test, out=out, progress=lambda *e: seen.append(e), **FAST)
+    assert len(seen) == 1
+    assert rows[0] == swept[1][0]
+
+
+def test_any_executor_and_budgets(digits, tmp_path):
+    model, x, test = digits
+    with ThreadPoolExecutor(2) as pool:
+        rows = ua.sweep(
+            model, x, budgets=[0.6, ua.Budget(macs=0.3)], test=test, out=tmp_path / "b.parquet", executor=pool,
+            networks=tmp_path / "networks", **FAST,
+        )  # fmt: skip
+    assert [row["budget"] for row in rows] == ["params=0.6", "macs=0.3"]
+    assert all(row["budget_met"] for row in rows)
+    assert ua.load(tmp_path / "networks" / "00001.safetensors") is not None
+
+
+def test_an_executor_that_dies_loses_nothing(digits, tmp_path):
+    model, x, test = digits
+    out = tmp_path / "d.parquet"
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+    def kill(done, total, row):
+        for pid in list(pool._processes):
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="1 of 2 points are in"):
+        ua.sweep(model, x, **PENALTIES, test=test, out=out, executor=pool, progress=kill, **FAST)
+    assert len(ua.sweep(model, x, **PENALTIES, test=test, out=out, **FAST)) == 2
+
+
+def test_dask_workers_one_of_which_is_killed(digits, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    model, x, test = digits
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        victims = list(client.run(os.getpid).values())
+        killer = threading.Thread(target=lambda: (time.sleep(8), os.kill(victims[0], signal.SIGKILL)))
+        killer.start()
+        points = {"lambda_sparse": [0.1, 0.3], "lambda_rank": [0.05, 0.1]}
+        rows = ua.sweep(model, x, **points, test=test, out=tmp_path / "k.parquet", executor=client.get_executor(), **FAST)
+        killer.join()
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({}, "give budgets, or both"),
+        ({"budgets": [0.5], "lambda_sparse": [0.1], "lambda_rank": [0.1]}, "give budgets, or both"),
+        ({"lambda_sparse": [0.1]}, "give budgets, or both"),
+        ({"budgets": []}, "empty"),
+        ({"budgets": [1.5]}, "not a fraction"),
+    ],
+)
+def test_bad_points(digits, tmp_path, points, message):
+    with pytest.raises(ValueError, match=message):
+        ua.sweep(digits[0], digits[1], out=tmp_path / "x.parquet", **points)
+
+
+def test_files_of_others_are_left_alone(digits, swept, tmp_path):
+    model, x, _ = digits
+    before = swept[0].read_bytes()
+    with pytest.raises(ValueError, match="another sweep"):
+        ua.sweep(model, x, budgets=[0.5], out=swept[0])
+    assert swept[0].read_bytes() == before
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(ValueError, match="damaged"):
+        ua.sweep(model, x, budgets=[0.5], out=tmp_path / "text.parquet")
+
+
+def test_commands(swept, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+    out, picture = tmp_path / "c.parquet", tmp_path / "p.png"
+    arguments = ("--budgets", "0.6,0.4", "--allocation", "uniform", "--form", "columns", "--rows", 256)
+    done = run("sweep", "digits", *arguments, "--calibration", 100, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "2/2" in done.output
+    drawn = run("plot", swept[0], out, "--out", picture, "--axis", "macs")
+    assert drawn.exit_code == 0, drawn.output
+    assert picture.stat().st_size > 10_000
+    assert run("plot", out, "--axis", "beauty").exit_code == 2
+    assert run("plot", out, "--axis", "speedup", "--out", picture).exit_code == 2
+    assert run("sweep", "digits", "--budgets", "half").exit_code == 2
+
+
+def test_pareto_front():
+    points = [(1.0, 90.0), (2.0, 89.0), (2.0, 91.0), (3.0, 80.0), (2.5, 80.0)]
+    assert pareto_front(points) == [(2.0, 91.0), (3.0, 80.0)]

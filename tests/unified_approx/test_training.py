@@ -1,0 +1,133 @@
+"""Training and fine-tuning on the digits: it learns, keeps the structure, resumes exactly."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import unified_approx as ua
+from unified_approx import datasets, evaluate, zoo
+from unified_approx.finetuning import finetune
+from unified_approx.training import Recipe, augment_crop_flip, objective, train
+
+RECIPE = Recipe(epochs=2, batch_size=64, augment=None, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    entry, data = zoo.entry("digits"), datasets.load("digits")
+    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
+    return x, np.asarray(data.y_train), test, np.asarray(data.y_test)
+
+
+@pytest.fixture(scope="module")
+def small(digits):
+    budget = ua.Budget(params=0.2)
+    arguments = {"form": "columns", "allocation": "uniform", "rows": 1024, "progress": lambda e: None}
+    return ua.compress(zoo.load("digits"), digits[0][:200], budget=budget, **arguments)
+
+
+def test_finetuning_gains_and_keeps_the_structure(digits, small):
+    x, y, test, labels = digits
+    before = evaluate.accuracy(small.model, test, labels)
+    lines = []
+    done = finetune(small, x, y, RECIPE, original=zoo.load("digits"), progress=lines.append)
+    assert evaluate.accuracy(done.model, test, labels) > before
+    assert [line.epoch for line in lines] == [1, 2]
+    assert lines[1].loss < lines[0].loss
+    for old, new in zip(
+        jax.tree.leaves(nnx.state(small.model)), jax.tree.leaves(nnx.state(done.model)), strict=True
+    ):
+        assert old.shape == new.shape
+        if jnp.issubdtype(old.dtype, jnp.integer):
+            np.testing.assert_array_equal(old, new)
+
+
+def test_training_from_scratch_learns(digits):
+    x, y, test, labels = digits
+    model = zoo.load("digits")
+    nnx.update(model, jax.tree.map(lambda a: a * 0.5, nnx.state(model, nnx.Param)))
+    done = train(model, x, y, RECIPE)
+    assert evaluate.accuracy(done.model, test, labels) > 95
+
+
+def test_best_epoch_on_validation_and_patience(digits, small):
+    x, y, test, labels = digits
+    arguments = {"validation": (test, labels), "patience": 1, "optimizer": optax.sgd(1.0)}
+    done = finetune(small, x, y, Recipe(epochs=6, augment=None), **arguments)
+    accuracies = [line.accuracy for line in done.history]
+    assert len(done.history) < 6
+    assert done.best == int(np.argmax(accuracies)) + 1
+    assert evaluate.accuracy(done.model, test, labels) == pytest.approx(max(accuracies))
+
+
+KILLED = """
+import os, sys
+from unified_approx import datasets, zoo
+from unified_approx.training import Recipe, train
+entry, data = zoo.entry("digits"), datasets.load("digits")
+def die(line):
+    if line.epoch == 2:
+        os._exit(9)
+train(zoo.load("digits"), entry.preprocess(data.x_train), data.y_train,
+      Recipe(epochs=4, batch_size=64, learning_rate=0.02), checkpoint_dir=sys.argv[1], progress=die)
+"""
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(digits, tmp_path):
+    x, y, _, _ = digits
+    recipe = Recipe(epochs=4, batch_size=64, learning_rate=0.02)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c")], check=False)
+    assert killed.returncode == 9
+    lines = []
+    resumed = train(zoo.load("digits"), x, y, recipe, checkpoint_dir=tmp_path / "c", progress=lines.append)
+    assert [line.epoch for line in lines] == [3, 4]
+    whole = train(zoo.load("digits"), x, y, recipe)
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(whole.model)), jax.tree.leaves(nnx.state(resumed.model)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(zoo.load("digits"), x, y, RECIPE, checkpoint_dir=tmp_path / "c")
+    with pytest.raises(ValueError, match="another network"):
+        train(zoo.create("lenet300"), x, y, recipe, checkpoint_dir=tmp_path / "c")
+
+
+def test_augmentation_moves_and_mirrors_but_keeps_the_pixels():
+    images = jnp.arange(2 * 8 * 8 * 1, dtype=jnp.float32).reshape(2, 8, 8, 1) + 1
+    many = jnp.repeat(images[:1], 200, axis=0)
+    out = np.asarray(augment_crop_flip(many, jax.random.key(0)))
+    assert out.shape == many.shape
+    assert set(np.unique(out)) <= {0.0, *np.unique(images[0])}
+    assert 0.3 < np.mean([np.array_equal(i[:, ::-1], np.sort(i[:, ::-1], axis=1)) for i in out[..., 0]]) < 0.9
+
+
+def test_objective_is_cross_entropy_and_the_teachers_divergence():
+    rng = np.random.default_rng(0)
+    logits, taught = (jnp.asarray(rng.normal(size=(5, 3)), jnp.float32) for _ in range(2))
+    labels = jnp.array([0, 1, 2, 0, 1])
+    hard = -np.mean(np.asarray(jax.nn.log_softmax(logits))[np.arange(5), labels])
+    recipe = Recipe(distill=0.25, temperature=2.0)
+    assert objective(logits, labels, None, recipe) == pytest.approx(hard, rel=1e-5)
+    soft = 4 * evaluate.agreement(np.asarray(taught) / 2, np.asarray(logits) / 2)["kl"]
+    assert objective(logits, labels, taught, recipe) == pytest.approx(0.75 * hard + 0.25 * soft, rel=1e-4)
+    assert objective(taught, labels, taught, Recipe(distill=1.0)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"distill": 1.5}, {"warmup": -0.1}])
+def test_bad_recipes(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Recipe(**change)
+
+
+def test_bad_arguments(digits, small):
+    x, y, _, _ = digits
+    with pytest.raises(ValueError, match="one integer label for each"):
+        finetune(small, x, y[:-1], RECIPE)
+    with pytest.raises(ValueError, match="validation"):
+        finetune(small, x, y, RECIPE, patience=2)
