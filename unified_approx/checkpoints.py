@@ -42,7 +42,10 @@ class Checkpoints:
         """Write one checkpoint; it is there whole or not at all."""
         arrays = {str(i): _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         self._manager.save(
-            number, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave({"epochs": history}))
+            number,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave({"epochs": history})
+            ),
         )
         self._manager.wait_until_finished()
 

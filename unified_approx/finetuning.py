@@ -13,7 +13,6 @@ from unified_approx.evaluate import Call, forward
 from unified_approx.pipeline import Result
 from unified_approx.training import Epoch, Prepare, Recipe, Trained, train
 
-
 RECIPE = Recipe(learning_rate=0.01)
 
 

@@ -160,9 +160,7 @@ class Run:
             if table is None:
                 table = measure_sensitivity(self, method, lambda i, n, name: progress(measuring(i, n, name)))
             elif table.identity != self.sensitivity_identity(table.method):
-                raise ValueError(
-                    "sensitivity: the table is of another network, other data or groups; leave it out"
-                )
+                raise ValueError("sensitivity: the table is of another network, other data or groups; leave it out")
             found, self.choice = assign_by_loss(self, budget, table)
             self.settings |= found
         for site in self.capture.sites:

@@ -101,7 +101,9 @@ def test_dask_workers_one_of_which_is_killed(digits, tmp_path):
         killer = threading.Thread(target=lambda: (time.sleep(8), os.kill(victims[0], signal.SIGKILL)))
         killer.start()
         points = {"lambda_sparse": [0.1, 0.3], "lambda_rank": [0.05, 0.1]}
-        rows = ua.sweep(model, x, **points, test=test, out=tmp_path / "k.parquet", executor=client.get_executor(), **FAST)
+        rows = ua.sweep(
+            model, x, **points, test=test, out=tmp_path / "k.parquet", executor=client.get_executor(), **FAST
+        )
         killer.join()
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
 

@@ -40,9 +40,7 @@ def test_finetuning_gains_and_keeps_the_structure(digits, small):
     assert evaluate.accuracy(done.model, test, labels) > before
     assert [line.epoch for line in lines] == [1, 2]
     assert lines[1].loss < lines[0].loss
-    for old, new in zip(
-        jax.tree.leaves(nnx.state(small.model)), jax.tree.leaves(nnx.state(done.model)), strict=True
-    ):
+    for old, new in zip(jax.tree.leaves(nnx.state(small.model)), jax.tree.leaves(nnx.state(done.model)), strict=True):
         assert old.shape == new.shape
         if jnp.issubdtype(old.dtype, jnp.integer):
             np.testing.assert_array_equal(old, new)
@@ -88,9 +86,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(digits, tmp_path):
     resumed = train(zoo.load("digits"), x, y, recipe, checkpoint_dir=tmp_path / "c", progress=lines.append)
     assert [line.epoch for line in lines] == [3, 4]
     whole = train(zoo.load("digits"), x, y, recipe)
-    for a, b in zip(
-        jax.tree.leaves(nnx.state(whole.model)), jax.tree.leaves(nnx.state(resumed.model)), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(nnx.state(whole.model)), jax.tree.leaves(nnx.state(resumed.model)), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="another recipe"):
         train(zoo.load("digits"), x, y, RECIPE, checkpoint_dir=tmp_path / "c")
