@@ -52,9 +52,8 @@ def main(
     order = np.random.default_rng(seed).permutation(len(images.x_train))
     chosen = images.x_train[order[HELD_OUT:][:calibration]]
     test = entry.preprocess(images.x_test)
-    name = "-".join(str(part) for part in (network, budget, allocation, form, group, calibration, seed)).replace(
-        "=", ""
-    )
+    parts = (network, budget.replace("=", ""), allocation, form, group, calibration, seed)
+    name = "-".join(str(part) for part in parts)
     work = work_dir / name
     rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
     arguments = {"rules": rules, "form": form, "group": group, "allocation": allocation, "seed": seed}

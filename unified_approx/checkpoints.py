@@ -41,12 +41,8 @@ class Checkpoints:
     def save(self, number: int, state: PyTree, history: list[dict[str, Any]]) -> None:
         """Write one checkpoint; it is there whole or not at all."""
         arrays = {str(i): _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        self._manager.save(
-            number,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave({"epochs": history})
-            ),
-        )
+        lines = ocp.args.JsonSave({"epochs": history})
+        self._manager.save(number, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), history=lines))
         self._manager.wait_until_finished()
 
     def latest(self, like: PyTree) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ def _as_given(x: Array) -> Array:
 def finetune(
     result: Result | nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
-    y: Int[np.ndarray | Array, " examples"],
+    y: Int[np.ndarray | Array, " labels"],
     recipe: Recipe = RECIPE,
     *,
     original: nnx.Module | None = None,

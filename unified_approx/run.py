@@ -88,6 +88,7 @@ class Run:
         self.batches = examples.split(self.data, min(arguments.batch_size, self.num_images))
         self.example = self.batches[0]
         self.capture = self.new_capture()
+        self.spatial = {site.path: self.capture.output_spatial(site) for site in self.capture.sites}
         self.settings = self._settle()
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.cost = network_cost(model, self.example, call=arguments.call)
@@ -142,7 +143,7 @@ class Run:
 
     def positions(self, site: LayerSite) -> int:
         """Output positions of a layer per example, all of its calls together."""
-        return prod(self.capture.output_spatial(site)) * site.num_calls
+        return prod(self.spatial[site.path]) * site.num_calls
 
     def allocate(self, table: Sensitivity | None, progress: ProgressCallback) -> Sensitivity | None:
         """Share the budget of the network among the layers whose size is open; the table that decided, if any did.
@@ -234,7 +235,7 @@ class Run:
                 continue
             shape = site.geometry.matrix_shape
             n, p = shape.n, shape.p
-            available = fitted * prod(self.capture.output_spatial(site)) * site.num_calls
+            available = fitted * prod(self.spatial[site.path]) * site.num_calls
             d = min(available, self.arguments.rows or default_rows(p, available))
             layers.append(
                 {
@@ -261,7 +262,7 @@ class Run:
         self, index: int, site: LayerSite, work: WorkDir | None, start: np.ndarray | None
     ) -> tuple[nnx.Module | None, LayerRow]:
         settings = self.settings[site.path]
-        row = _row(site, self.capture.output_spatial(site))
+        row = _row(site, self.spatial[site.path])
         if settings.dense:
             self.capture.keep(site)
             return None, replace(row, status="kept", reason=settings.dense)

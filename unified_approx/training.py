@@ -164,7 +164,7 @@ class _Loop:
 def train(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
-    y: Int[np.ndarray | Array, " examples"],
+    y: Int[np.ndarray | Array, " labels"],
     recipe: Recipe = Recipe(),
     *,
     optimizer: optax.GradientTransformation | None = None,
@@ -205,10 +205,12 @@ def train(
     transform = optimizer or recipe.optimizer(recipe.epochs * per_epoch)
     taught_def, taught = (None, None) if teacher is None else nnx.split(_evaluating(teacher))
     loop = _Loop(graphdef, taught_def, recipe, transform, prepare, call)
+    # A step donates what it is given, and a clone shares its arrays with the model.
+    params, rest = jax.tree.map(jnp.copy, (params, rest))
     carry = (params, rest, transform.init(params), jax.random.key(recipe.seed))
     data = (jnp.asarray(x), jnp.asarray(y))
     history: list[Epoch] = []
-    best: tuple[int, Any] = (0, (params, rest))
+    best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, rest)))
     store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _identity(model, recipe, len(x)))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]

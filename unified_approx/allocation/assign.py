@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from solvers.layer import minimum_budget
 from unified_approx.allocation.knapsack import Choice, choose
 from unified_approx.allocation.sensitivity import Sensitivity
@@ -55,12 +57,22 @@ def _saved(settings: Settings) -> float:
 
 
 def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
-    """The same fraction for every open layer, the largest within all limits."""
-    sites = _open_sites(run)
-    limits = open_limits(run, budget)
-    shares = [limit / sum(_cost(run, s, name) for s in sites) for name, limit in limits.items()]
-    fraction = min(1.0, *shares)
-    return {site.path: replace(run.settings[site.path], fraction=fraction) for site in sites}
+    """The same fraction for every open layer, or its least where that is more; the largest within all limits."""
+    sites, limits = _open_sites(run), open_limits(run, budget)
+    _check_reachable(run, sites, budget, limits)
+    least = np.array([minimum_budget(s.geometry.matrix_shape) / _cost(run, s, "params") for s in sites])
+    costs = {name: np.array([_cost(run, s, name) for s in sites]) for name in limits}
+
+    def too_much(fraction: float) -> bool:
+        shares = np.maximum(fraction, least)
+        return any(costs[name] @ shares > limit for name, limit in limits.items())
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_much(middle) else (middle, high)
+    fractions = np.minimum(np.maximum(low if too_much(1.0) else 1.0, least), 1.0)
+    return {s.path: replace(run.settings[s.path], fraction=float(f)) for s, f in zip(sites, fractions, strict=True)}
 
 
 def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:

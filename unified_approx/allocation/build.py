@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from solvers.curves import error_curves
 from solvers.gram import best_bias
 from solvers.layer import minimum_budget
 from solvers.ridge import SCARCE, selection_statistics
 from solvers.terms import Dense
-from unified_approx.allocation.menu import LayerMenu, curves_of, make_items, matrix_of, positions_of
+from unified_approx.allocation.menu import LayerMenu, make_items, matrix_of
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread, with_losses
 from unified_approx.assemble import assemble
@@ -48,13 +49,12 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
     used = max(1, min(images, run.num_images) // len(jax.tree.leaves(run.batches[0])[0]))
     probe = Probe(whole, run.batches[:used], run.arguments.call)
     ask = probe.loss if method == "kl" else probe.fisher
-    menus, measured, place = [], [], {site.path: i for i, site in enumerate(capture.sites)}
+    menus, measured, own = [], [], {site.path: site for site in capture.sites}
     for index, site in enumerate(sites):
         step(index, len(sites), site.name)
-        items, points = _layer(run, capture.sites[place[site.path]], capture, ask, _LEVELS[method])
+        items, points = _layer(run, own[site.path], capture, ask, _LEVELS[method])
         shape = site.geometry.matrix_shape
-        positions = positions_of(capture.output_spatial(site), site.num_calls)
-        menus.append(LayerMenu(name=site.name, shape=(shape.n, shape.p), positions=positions, items=items))
+        menus.append(LayerMenu(name=site.name, shape=(shape.n, shape.p), positions=run.positions(site), items=items))
         measured.append(tuple(points))
     return Sensitivity(
         identity=run.sensitivity_identity(method),
@@ -78,9 +78,8 @@ def _layer(run: "Run", site: LayerSite, capture: Any, ask: Callable[..., float],
         problem, held_out, ridge=options.ridge, float64_up_to=options.float64_up_to, original=original
     )
     with jax.enable_x64(found.wide):
-        curves = curves_of(found.stats, found.w, shape, options.group)
-    positions = positions_of(capture.output_spatial(site), site.num_calls)
-    items = make_items(curves, shape, positions, minimum_budget(shape))
+        curves = error_curves(found.stats, found.w, shape, options.group)
+    items = make_items(curves, shape, run.positions(site), minimum_budget(shape))
     points = []
     for item in spread(items, levels):
         with jax.enable_x64(found.wide):

@@ -1,12 +1,12 @@
 """What one layer could become: sizes with their costs and their error."""
 
 from dataclasses import dataclass
-from math import ceil, log2, prod
+from math import ceil, log2
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from solvers.curves import ErrorCurves, error_curves, fit_columns, fit_rank
+from solvers.curves import ErrorCurves, fit_columns, fit_rank
 from solvers.forms import largest_rank
 from solvers.gram import GramStatistics
 from solvers.terms import MatrixShape, index_bits
@@ -66,7 +66,7 @@ def make_items(curves: ErrorCurves, shape: MatrixShape, positions: int, least: f
             items.append(best)
     unique = {item.values: item for item in items}.values()
     scaled = [Item(**{**vars(item), "macs": item.macs * positions}) for item in unique]
-    dense = Item(form="dense", size=p, values=n * p, macs=n * p * positions, error=0.0)
+    dense = Item(form="dense", size=p, values=float(n * p), macs=float(n * p * positions), error=0.0)
     return [*_falling(scaled), dense]
 
 
@@ -110,13 +110,3 @@ def _falling(items: list[Item]) -> list[Item]:
 def matrix_of(item: Item, curves: ErrorCurves, stats: GramStatistics) -> Float[Array, "n p"]:
     """The fitted matrix of an item."""
     return fit_columns(stats, curves.order, item.size) if item.form == "columns" else fit_rank(stats, item.size)
-
-
-def curves_of(stats: GramStatistics, w: Float[Array, "n p"], shape: MatrixShape, group: str) -> ErrorCurves:
-    """The layer's curves; see `solvers.curves.error_curves`."""
-    return error_curves(stats, w, shape, group)
-
-
-def positions_of(spatial: tuple[int, ...], num_calls: int) -> int:
-    """Output positions per example."""
-    return prod(spatial) * num_calls
