@@ -17,11 +17,11 @@ SMALL = demo.Settings(
     images=60,
     rows=512,
     max_steps=30,
-    budget=0.4,
-    budgets=(0.3,),
+    budget=0.85,
+    budgets=(0.8,),
     penalties=(0.2, 0.1),
     rounds=2,
-    keep=("conv2", "conv3", "fc"),
+    keep=("conv1", "conv3", "fc"),
     last_start=0.0,
 )
 PICTURES = ["approximation", "convergence", "singular_values", "column_norms", "accuracy_against_params"]
@@ -63,7 +63,7 @@ def test_results_follow_the_schema_and_the_file_gives_the_same_accuracy(done):
     out, row, found, text = done
     assert found["rows"] == [row]
     assert {name: found[name] for name in row} == row
-    assert (row["network"], row["method"], row["budget"], row["seeds"]) == ("digits", "admm", "params=0.4", 1)
+    assert (row["network"], row["method"], row["budget"], row["seeds"]) == ("digits", "admm", "params=0.85", 1)
     assert found["checks"]["loaded_accuracy"]["holds"] is True
     assert set(found["checks"]) == {"loaded_accuracy", "drop", "seconds"}
     assert [layer["name"] for layer in found["layers"]] == ["conv1", "conv2", "conv3", "fc"]

@@ -73,8 +73,8 @@ class Factored(nnx.Module):
             bias: (n,), or None for none.
             geometry: of the layer replaced.
             execution: "auto", "merged", "matmul", "factored" (its form of fewest multiply-adds), or a full name from
-                `executions()`. "auto" takes, of the forms that are efficient everywhere (merged, and all terms as
-                dense convolutions), the one with the fewest multiply-adds per output.
+                `executions()`. "auto" takes the one with the fewest multiply-adds per output; what is fastest is
+                another question, which `choose_executions` answers by measurement.
             dtype: of the computation; None promotes.
             param_dtype: of the parameters: float32, bfloat16 or float16.
 
@@ -147,8 +147,8 @@ class Factored(nnx.Module):
         factored = [name for name in offered if name.startswith(FACTORED)]
         if execution == AUTO:
             execution = min([MERGED, *factored], key=self.macs_per_position)
-        elif execution == FACTORED and factored:
-            execution = min(factored, key=self.macs_per_position)
+        elif execution == FACTORED:
+            execution = min(factored or [MERGED], key=self.macs_per_position)
         check_execution(execution, offered)
         if execution in factored:
             forms = execution.removeprefix(f"{FACTORED}:").split("+")
