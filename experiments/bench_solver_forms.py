@@ -83,6 +83,15 @@ def _fresh(fresh: LayerProblem, m: np.ndarray, bias: np.ndarray) -> dict[str, fl
     }
 
 
+def raw_share(rows: LayerProblem) -> float:
+    """Energy of the centred response over that of the raw one, without bias and offset.
+
+    Linear errors elsewhere are relative to the centred response; published ones for these layers are to the raw.
+    """
+    raw = rows.response - rows.bias - (0.0 if rows.offset is None else rows.offset)
+    return float(jnp.sum((raw - jnp.mean(raw, axis=0)) ** 2) / jnp.sum(raw**2))
+
+
 def columns_by_norm(rows: LayerProblem, fresh: LayerProblem, shape: MatrixShape, budget: float) -> dict[str, float]:
     """The columns of largest norm, refitted: what a data-free rule keeps."""
     stats = with_ridge(gram_statistics(rows), 1e-5)
@@ -98,7 +107,7 @@ def form_rows(layer: Layer, fraction: float) -> list[Row]:
     name, shape, rows, held_out, fresh = layer
     budget = fraction * shape.n * shape.p
     table = [_row(name, "columns_by_norm", fraction, shape, **columns_by_norm(rows, fresh, shape, budget))]
-    fits: dict[str, LayerFit] = {}
+    share, fits = raw_share(held_out), dict[str, LayerFit]()
     for form, options in FORMS.items():
         start = perf_counter()
         if form == "spatial" and shape.window[:1] in ((), (1,)):
@@ -109,6 +118,7 @@ def form_rows(layer: Layer, fraction: float) -> list[Row]:
         cost = (result.params + result.index_bits / 32) / (shape.n * shape.p)
         fits[form] = found
         more = {"selected": result.selected, "held_out": result.error, "cost": cost, "seconds": perf_counter() - start}
+        more["linear_selected"] = result.linear * share  # before the refinement
         table.append(_row(name, form, fraction, shape, **figures, **more))
     choice = min((f for f in _TRIED if f in fits), key=lambda f: fits[f].errors[1])
     chosen = next(row for row in table if row["form"] == choice)
