@@ -8,6 +8,7 @@ from time import perf_counter
 
 import jax.numpy as jnp
 import numpy as np
+import published
 from bench_solver_admm import Row
 
 from solvers.admm_state import AdmmOptions
@@ -29,7 +30,6 @@ LAYERS = {  # network -> layers: three of each resolution, strided ones among th
     ),
     "lenet300": ("fc2",),
 }
-WEIGHTS = {"resnet20": "resnet20-cifar10.safetensors", "lenet300": "lenet300-mnist.safetensors"}
 _TRIED = ("columns", "low_rank", "two_level", "spatial", "admm_mm")  # what the final choice looks at
 _BASE = LayerOptions(refine_within=inf)
 _SGD = replace(_BASE.admm, m_step=Sgd())
@@ -53,7 +53,7 @@ def real_layers(data_dir: Path | None, models: Path, images: int, seed: int) -> 
         data = datasets.load(entry.dataset, data_dir)
         chosen = np.random.default_rng(seed).choice(len(data.x_train), images + images // 5, replace=False)
         x = entry.preprocess(data.x_train[chosen], data)
-        capture = Capture(zoo.load(network, models / WEIGHTS[network]), [(part,) for part in np.array_split(x, 12)])
+        capture = Capture(published.load(network, models), [(part,) for part in np.array_split(x, 12)])
         for site in capture.sites:
             if site.name not in wanted:
                 continue
@@ -88,7 +88,8 @@ def raw_share(rows: LayerProblem) -> float:
 
     Linear errors elsewhere are relative to the centred response; published ones for these layers are to the raw.
     """
-    raw = rows.response - rows.bias - (0.0 if rows.offset is None else rows.offset)
+    response = rows.y if rows.response is None else rows.response
+    raw = response - rows.bias - (0.0 if rows.offset is None else rows.offset)
     return float(jnp.sum((raw - jnp.mean(raw, axis=0)) ** 2) / jnp.sum(raw**2))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import published
 import typer
 
 import unified_approx as ua
@@ -26,7 +27,6 @@ from unified_approx.memory import compact
 from unified_approx.results import check, network_row, peak_rss_mb, write_results
 
 KEEP = (ua.Rule(path="conv1", keep=True), ua.Rule(path="fc", keep=True))
-WEIGHTS = {"resnet20": "resnet20-cifar10.safetensors", "resnet56": "resnet56-cifar10.safetensors"}
 RESULT = Path(__file__).parent / "results" / "resnet_one_shot.json"
 
 
@@ -55,7 +55,7 @@ def calibration_images(images: np.ndarray, count: int, seed: int) -> np.ndarray:
 def one_run(target: Target, models: Path, data_dir: Path | None, seed: int, count: int, file: Path) -> dict[str, Any]:
     """Compress once; what was measured."""
     entry, data = zoo.entry(target.network), datasets.load("cifar10", data_dir)
-    model = zoo.load(target.network, models / WEIGHTS[target.network])
+    model = published.load(target.network, models)
     images = entry.preprocess(calibration_images(data.x_train, count, seed))
     raw, labels = data.x_test, data.y_test
     del data  # the training images that were not drawn are no part of what a run needs

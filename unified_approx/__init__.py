@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
+    from unified_approx.cost import choose_executions, fastest_dense
     from unified_approx.finetuning import finetune
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
@@ -25,7 +26,9 @@ _HOMES = {
     "Result": "pipeline",
     "Rule": "rules",
     "Sensitivity": "allocation",
+    "choose_executions": "cost",
     "compress": "pipeline",
+    "fastest_dense": "cost",
     "finetune": "finetuning",
     "load": "storage",
     "plan": "pipeline",
@@ -44,9 +47,11 @@ __all__ = [
     "Result",
     "Rule",
     "Sensitivity",
+    "choose_executions",
     "compress",
     "datasets",
     "evaluate",
+    "fastest_dense",
     "finetune",
     "load",
     "plan",

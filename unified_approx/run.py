@@ -21,7 +21,6 @@ from unified_approx.allocation import Choice, Sensitivity
 from unified_approx.allocation.assign import assign_by_loss, assign_uniform, open_limits, total_cost
 from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import get, unfold
-from unified_approx.capture import Capture
 from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
@@ -30,6 +29,7 @@ from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
 from unified_approx.settings import Arguments, Call, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
+from unified_approx.streams import Streams
 from unified_approx.work_dir import WorkDir, fingerprint
 
 _SINGLE_THREADED_BELOW = 2048
@@ -85,19 +85,14 @@ class Run:
         if self.num_images < 2:
             raise ValueError("calibration: 1 example; give at least 2, since one of them is held out")
         self.held_out_from = self.num_images - max(1, round(arguments.held_out * self.num_images))
-        self.batches = examples.split(self.data, min(arguments.batch_size, self.num_images))
-        self.example = self.batches[0]
-        self.capture = self.new_capture()
+        self.capture = Streams(model, self.data, self.held_out_from, arguments.batch_size, arguments.call)
+        self.example = self.capture.example
         self.spatial = {site.path: self.capture.output_spatial(site) for site in self.capture.sites}
         self.settings = self._settle()
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.cost = network_cost(model, self.example, call=arguments.call)
         self.choice: Choice | None = None
         self.matrices: dict[str, np.ndarray] = {}
-
-    def new_capture(self) -> Capture:
-        """A fresh pass over the network, from its first layer."""
-        return Capture(self.model, [(batch,) for batch in self.batches], call=self.arguments.call)
 
     def _settle(self) -> dict[Path, Settings]:
         """Settings of each site by the rules; open where the budget of the whole network decides."""
@@ -287,8 +282,8 @@ class Run:
         self, site: LayerSite, settings: Settings, row: LayerRow, start: np.ndarray | None
     ) -> tuple[tuple[Term, ...], np.ndarray, LayerRow]:
         """Solve one layer; the terms, the bias and the filled row."""
-        seen = self.capture.observe(site)
         arguments = self.arguments
+        seen = self.capture.observe(site, arguments.rows or default_rows(site.geometry.matrix_shape.p))
         problem, held_out = problems(
             site, seen, self.held_out_from, arguments.rows, arguments.seed, with_offset=_kind(site) in self.branched
         )

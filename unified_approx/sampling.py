@@ -16,9 +16,13 @@ _ROWS_PER_FEATURE = 100  # enough for the refinement after the activation with h
 _MAX_VALUES = 2**28  # of x: 1 GB
 
 
-def default_rows(p: int, available: int) -> int:
-    """How many output positions to sample for p features: 100 p, at least 32,768, as long as x fits 1 GB."""
-    wanted = min(max(_MIN_ROWS, _ROWS_PER_FEATURE * p), max(p, _MAX_VALUES // p), available)
+def default_rows(p: int, available: int | None = None) -> int:
+    """How many output positions to sample for p features: 100 p, at least 32,768, as long as x fits 1 GB.
+
+    At most `available`, if given.
+    """
+    wanted = min(max(_MIN_ROWS, _ROWS_PER_FEATURE * p), max(p, _MAX_VALUES // p))
+    wanted = wanted if available is None else min(wanted, available)
     return wanted if wanted < 4096 else wanted // 4096 * 4096
 
 

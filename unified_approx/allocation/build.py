@@ -18,6 +18,7 @@ from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread,
 from unified_approx.assemble import assemble
 from unified_approx.sampling import problems
 from unified_approx.sites import LayerSite
+from unified_approx.streams import Streams
 
 if TYPE_CHECKING:
     from unified_approx.run import Run
@@ -42,12 +43,12 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
         images: examples that the losses are measured on.
     """
     start = time.perf_counter()
-    capture, sites = run.new_capture(), [site for site in run.capture.sites if run.settings[site.path].open]
+    capture, sites = run.capture.again(), [site for site in run.capture.sites if run.settings[site.path].open]
     dense = {s.path: run.module(s, (Dense(np.asarray(run.original(s))),), s.shift.astype(np.float32)) for s in sites}
     whole = assemble(run.model, dense, run.capture.sites)
     whole.eval()
-    used = max(1, min(images, run.num_images) // len(jax.tree.leaves(run.batches[0])[0]))
-    probe = Probe(whole, run.batches[:used], run.arguments.call)
+    used = max(1, min(images, run.num_images) // len(jax.tree.leaves(capture.example)[0]))
+    probe = Probe(whole, capture.batches[:used], run.arguments.call)
     ask = probe.loss if method == "kl" else probe.fisher
     menus, measured, own = [], [], {site.path: site for site in capture.sites}
     for index, site in enumerate(sites):
@@ -65,12 +66,12 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
     )
 
 
-def _layer(run: "Run", site: LayerSite, capture: Any, ask: Callable[..., float], levels: tuple[float, ...]) -> Any:
+def _layer(run: "Run", site: LayerSite, capture: Streams, ask: Callable[..., float], levels: tuple[float, ...]) -> Any:
     """Items with losses, and what was measured, of one layer."""
     options, shape = run.settings[site.path].options, site.geometry.matrix_shape
-    seen = capture.observe(site)
-    capture.keep(site)
     rows = max(_MIN_ROWS, SCARCE * shape.p)
+    seen = capture.observe(site, rows)
+    capture.keep(site)
     problem, held_out = problems(site, seen, run.held_out_from, rows, run.arguments.seed)
     del seen
     original = run.original(site)
