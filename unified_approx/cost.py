@@ -235,13 +235,20 @@ def with_executions(model: nnx.Module, executions: Mapping[Path, str]) -> nnx.Mo
     return clone
 
 
-@partial(jax.jit, static_argnums=0)
-def _run_module(graphdef: Any, state: Any, *inputs: Any) -> Any:
-    return nnx.merge(graphdef, state)(*inputs)
+def _called(module: Any, *inputs: Any) -> Any:
+    return module(*inputs)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_module(call: Call, graphdef: Any, state: Any, *inputs: Any) -> Any:
+    return call(nnx.merge(graphdef, state), *inputs)
 
 
 def measure_latency(
-    candidates: Mapping[str, nnx.Module | Callable[..., Any]], *inputs: PyTree, rounds: int = 20
+    candidates: Mapping[str, nnx.Module | Callable[..., Any]],
+    *inputs: PyTree,
+    call: Call | None = None,
+    rounds: int = 20,
 ) -> dict[str, float]:
     """Median seconds per call of each candidate, on this machine, with these inputs.
 
@@ -251,6 +258,7 @@ def measure_latency(
     Args:
         candidates: modules in evaluation mode, or functions of the inputs; both are jitted.
         *inputs: arguments of every call.
+        call: how modules are called, `call(module, *inputs)`.
         rounds: calls of each.
 
     Raises:
@@ -261,7 +269,7 @@ def measure_latency(
     calls = {}
     for name, candidate in candidates.items():
         module = isinstance(candidate, nnx.Module)
-        calls[name] = partial(_run_module, *nnx.split(candidate)) if module else jax.jit(candidate)
+        calls[name] = partial(_run_module, call or _called, *nnx.split(candidate)) if module else jax.jit(candidate)
         jax.block_until_ready(calls[name](*inputs))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -287,7 +295,7 @@ class ExecutionChoice:
     chosen: str
 
 
-class _Stopwatch:
+class Stopwatch:
     """Measures layers form by form; equal layers on equal inputs once."""
 
     def __init__(self, rounds: int):
@@ -295,6 +303,7 @@ class _Stopwatch:
         self.known: dict[Any, dict[str, float]] = {}
 
     def choose(self, path: Path, layer: Factored, calls: Iterable[LayerCall]) -> ExecutionChoice:
+        """Seconds of every execution of a layer, all its calls together, and the fastest."""
         forms = {name: layer.with_execution(name) for name in layer.executions()}
         structure = (nnx.graphdef(layer.with_execution(MERGED)), _shapes(layer))
         total = dict.fromkeys(forms, 0.0)
@@ -325,7 +334,7 @@ def choose_executions(
         call: how the network is called.
         rounds: timed calls of every form.
     """
-    seen, watch = layer_calls(model, *example, call=call), _Stopwatch(rounds)
+    seen, watch = layer_calls(model, *example, call=call), Stopwatch(rounds)
     choices = tuple(
         watch.choose(path, layer, seen[path]) for path, layer in factored_layers(model).items() if path in seen
     )
@@ -344,7 +353,7 @@ def fastest_dense_form(
         rounds: timed calls of each.
     """
     layer = _dense_layer(np.zeros((geometry.c_out, geometry.matrix_shape.p), np.float32), None, geometry, dtype)
-    return _Stopwatch(rounds).choose((), layer, [LayerCall((), 0, tuple(x_shape), dtype)])
+    return Stopwatch(rounds).choose((), layer, [LayerCall((), 0, tuple(x_shape), dtype)])
 
 
 def _dense_layer(matrix: np.ndarray, bias: np.ndarray | None, geometry: Geometry, param_dtype: str) -> Factored:
@@ -365,7 +374,7 @@ def fastest_dense(
         call: how the network is called.
         rounds: timed calls of each form.
     """
-    seen, watch = layer_calls(model, *example, call=call), _Stopwatch(rounds)
+    seen, watch = layer_calls(model, *example, call=call), Stopwatch(rounds)
     clone, choices = nnx.clone(model), []
     for path, conv in modules(clone).items():
         if type(conv) is not nnx.Conv or path not in seen:

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Shaped
 
 from solvers.layer import LayerOptions
 from unified_approx.allocation import Sensitivity
+from unified_approx.allocation.allocate import allocate
 from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import assemble
 from unified_approx.budget import Budget
@@ -124,11 +125,11 @@ def compress(
     progress = progress or ProgressBar()
     if sensitivity is None and work is not None:
         sensitivity = work.sensitivity()
-    table = run.allocate(sensitivity, progress)
+    table = allocate(run, sensitivity, lambda i, n, name: progress(measuring(i, n, name)))
     if work is not None and table is not None:
         work.keep_sensitivity(table)
     modules, layers = run.solve_all(work, progress, start or {})
-    new = assemble(model, modules, run.capture.sites)
+    new = run.settled(assemble(model, modules, run.capture.sites))
     report = run.report(new, layers, time.perf_counter() - clock)
     return Result(model=new, report=report, sensitivity=table, matrices=run.matrices)
 
@@ -159,7 +160,8 @@ def plan(
     if budget is not None and budget.max_drop is not None:
         raise ValueError(f"budget: {budget.describe()} is found by trial; plan a budget of params, macs or bytes")
     run = Run(model, calibration, make_arguments(**given))
-    table = run.allocate(sensitivity, ProgressBar())
+    show = ProgressBar()
+    table = allocate(run, sensitivity, lambda i, n, name: show(measuring(i, n, name)))
     return replace(run.plan(), sensitivity=table)
 
 
@@ -168,6 +170,7 @@ def sensitivity(
     calibration: Calibration,
     *,
     method: str = "kl",
+    timed: bool = False,
     rules: Sequence[Rule] = (),
     group: str | None = None,
     rows: int | None = None,
@@ -191,11 +194,16 @@ def sensitivity(
         progress: called before each layer.
         call: how the network is called.
         method: "kl" (each layer alone, at four sizes) or "fisher" (the second-order expansion, at one).
+        timed: time every size on this machine, as a budget of latency needs.
 
     Raises:
         ValueError: as `compress`.
     """
     given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-    run = Run(model, calibration, make_arguments(**given, allocation=method, budget=Budget(params=1.0)))
+    run = Run(
+        model,
+        calibration,
+        make_arguments(**given, allocation=method, budget=Budget(params=1.0, latency=1.0 if timed else None)),
+    )
     show = progress or ProgressBar()
     return measure_sensitivity(run, method, lambda index, total, name: show(measuring(index, total, name)))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -18,13 +18,13 @@ from solvers.layer import LayerFit, minimum_budget, solve
 from solvers.terms import Term, total_matrix
 from unified_approx import calibration as examples
 from unified_approx.allocation import Choice, Sensitivity
-from unified_approx.allocation.assign import assign_by_loss, assign_uniform, open_limits, total_cost
-from unified_approx.allocation.build import measure_sensitivity
+from unified_approx.allocation.assign import total_cost
+from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import get, unfold
-from unified_approx.cost import NetworkCost, network_cost
+from unified_approx.cost import NetworkCost, choose_executions, network_cost
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
-from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report, measuring
+from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
 from unified_approx.settings import Arguments, Call, Settings, check_reachable, check_weights
@@ -92,6 +92,7 @@ class Run:
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.cost = network_cost(model, self.example, call=arguments.call)
         self.choice: Choice | None = None
+        self.latency_ratio: float | None = None
         self.matrices: dict[str, np.ndarray] = {}
 
     def _settle(self) -> dict[Path, Settings]:
@@ -133,35 +134,27 @@ class Run:
         """Identifies everything that a sensitivity table depends on; budgets do not count."""
         state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
         sizes = {site.name: self.settings[site.path].options.group for site in self.capture.sites}
-        settings = {"method": method, "groups": sizes, "held_out": self.held_out_from, "seed": self.arguments.seed}
+        timed = self.arguments.budget is not None and self.arguments.budget.latency is not None
+        settings = {
+            "method": method,
+            "timed": timed,
+            "groups": sizes,
+            "held_out": self.held_out_from,
+            "seed": self.arguments.seed,
+        }
         return fingerprint(settings, nnx.to_pure_dict(state), self.data)
 
     def positions(self, site: LayerSite) -> int:
         """Output positions of a layer per example, all of its calls together."""
         return prod(self.spatial[site.path]) * site.num_calls
 
-    def allocate(self, table: Sensitivity | None, progress: ProgressCallback) -> Sensitivity | None:
-        """Share the budget of the network among the layers whose size is open; the table that decided, if any did.
-
-        Raises:
-            ValueError: a budget that cannot be reached, or a table of another network or of other data.
-        """
-        budget, method = self.arguments.budget, self.arguments.allocation
-        if budget is None or not any(s.open for s in self.settings.values()):
+    @cached_property
+    def timer(self) -> LayerTimer | None:
+        """Times layers and networks on this machine, if the budget limits seconds."""
+        budget = self.arguments.budget
+        if budget is None or budget.latency is None:
             return None
-        if method == "uniform":
-            self.settings |= assign_uniform(self, budget)
-        else:
-            open_limits(self, budget)
-            if table is None:
-                table = measure_sensitivity(self, method, lambda i, n, name: progress(measuring(i, n, name)))
-            elif table.identity != self.sensitivity_identity(table.method):
-                raise ValueError("sensitivity: the table is of another network, other data or groups; leave it out")
-            found, self.choice = assign_by_loss(self, budget, table)
-            self.settings |= found
-        for site in self.capture.sites:
-            check_reachable(site, self.settings[site.path])
-        return table
+        return LayerTimer(self.model, self.example, self.arguments.call)
 
     def report(self, new: nnx.Module, layers: Sequence[LayerRow], seconds: float) -> Report:
         """Rows of all layers, skipped ones last, and the totals of the whole network."""
@@ -218,7 +211,16 @@ class Run:
             if (fraction := settings[row.name].fraction) is not None
         )
         limits = {} if budget is None else budget.given()
-        return kept and all(total_cost(after, name) <= f * total_cost(self.cost, name) for name, f in limits.items())
+        counted = {name: f for name, f in limits.items() if name != "latency"}
+        fast = self.latency_ratio is None or self.latency_ratio <= limits["latency"]
+        return fast and kept and all(total_cost(after, k) <= f * total_cost(self.cost, k) for k, f in counted.items())
+
+    def settled(self, new: nnx.Module) -> nnx.Module:
+        """The network in its fastest executions, timed against the original, if the budget limits seconds."""
+        if self.timer is None:
+            return new
+        self.latency_ratio = self.timer.ratio_to_dense(new)
+        return choose_executions(new, self.timer.batch, call=self.arguments.call)[0]
 
     def plan(self) -> Plan:
         """What would be done, with estimates from the sizes of the layers."""

@@ -66,6 +66,10 @@ class Arguments:
         _check_target(self.budget, self.lambda_sparse, self.lambda_rank, self.rules)
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation: {self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
+        if self.allocation == "uniform" and self.budget is not None and self.budget.latency is not None:
+            raise ValueError(
+                f"allocation: 'uniform' knows no seconds, which {self.budget.describe()} limits; use kl or fisher"
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(
                 f"held_out: {self.held_out!r} is not a fraction in (0, 1); 0.1 holds out every tenth image"
@@ -84,6 +88,8 @@ class Arguments:
         options = LayerOptions(**{**vars(self.options), **changes})
         if self.budget is not None and self.budget.macs is not None:
             options = _counted_in_macs(options, site)
+        if self.budget is not None and self.budget.latency is not None:
+            options = replace(options, gauge=False, group="channel", form=("columns", "low_rank"))
         if rule.keep:
             return Settings(options=options, dense="by rule")
         if rule.budget is not None:

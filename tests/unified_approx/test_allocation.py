@@ -215,3 +215,28 @@ def test_a_damaged_table(tmp_path):
     (tmp_path / "t.json").write_text('{"version": 1, "menus": 3}')
     with pytest.raises(ValueError, match="no sensitivity table"):
         ua.Sensitivity.load(tmp_path / "t.json")
+
+
+def test_a_budget_of_seconds_uses_what_was_timed(digits, tmp_path):
+    """Forms and sizes come from timings on this machine; the answer to whether it was met from the whole network."""
+    model, x, _, test, labels = digits
+    table = ua.sensitivity(model, x, timed=True, **{k: v for k, v in FAST.items() if k != "form"})
+    assert table.clock is not None
+    assert table.clock.original > 0
+    for menu in table.menus:
+        dense = menu.items[-1].seconds
+        assert dense == table.clock.layers[menu.name]
+        assert all(0 < item.seconds <= dense for item in menu.items)
+    table.save(tmp_path / "timed.json")
+    assert ua.Sensitivity.load(tmp_path / "timed.json") == table
+    faster = {menu.name: min(item.seconds for item in menu.items) for menu in table.menus}
+    least = 1 - sum(table.clock.layers[name] - seconds for name, seconds in faster.items()) / table.clock.original
+    budget = ua.Budget(latency=min(1.0, (1 + max(least, 0)) / 2))
+    result = ua.compress(model, x, budget=budget, sensitivity=table, **{k: v for k, v in FAST.items() if k != "form"})
+    assert isinstance(result.budget_met, bool)
+    assert {row.form for row in result.report.layers if row.status == "compressed"} <= {"columns", "low_rank"}
+    assert evaluate.accuracy(result.model, test, labels) > 80
+    with pytest.raises(ValueError, match="timed where this run is not"):
+        ua.compress(model, x, budget=ua.Budget(params=0.5), sensitivity=table, **FAST)
+    with pytest.raises(ValueError, match="knows no seconds"):
+        ua.compress(model, x, budget=budget, allocation="uniform", **FAST)

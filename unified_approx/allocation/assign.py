@@ -9,6 +9,7 @@ import numpy as np
 from solvers.layer import minimum_budget
 from unified_approx.allocation.knapsack import Choice, choose
 from unified_approx.allocation.sensitivity import Sensitivity
+from unified_approx.allocation.timing import Clock
 from unified_approx.budget import Budget
 from unified_approx.cost import NetworkCost
 from unified_approx.settings import Settings
@@ -25,16 +26,24 @@ def total_cost(cost: NetworkCost, name: str) -> float:
     return float(cost.macs) if name == "macs" else cost.params + cost.index_bits / 32
 
 
-def open_limits(run: "Run", budget: Budget) -> dict[str, float]:
+def open_limits(run: "Run", budget: Budget, clock: Clock | None = None) -> dict[str, float]:
     """What the layers of open size may cost together, by cost name, after all others have had their share.
+
+    Seconds are limited only where the clock of a sensitivity table is given.
 
     Raises:
         ValueError: the other layers alone exceed the budget.
     """
     limits = {}
     for name, fraction in budget.given().items():
-        total = total_cost(run.cost, name)
-        fixed = total - sum(_cost(run, site, name) * _saved(run.settings[site.path]) for site in run.capture.sites)
+        if name == "latency":
+            if clock is None:
+                continue
+            total = clock.original
+            fixed = max(0.0, total - sum(clock.layers[site.name] for site in _open_sites(run)))
+        else:
+            total = total_cost(run.cost, name)
+            fixed = total - sum(_cost(run, site, name) * _saved(run.settings[site.path]) for site in run.capture.sites)
         limits[name] = fraction * total - fixed
         if limits[name] <= 0:
             raise ValueError(
@@ -76,10 +85,10 @@ def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
 
 
 def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:
-    """The sizes of least expected loss within all limits."""
-    sites, limits = _open_sites(run), open_limits(run, budget)
-    _check_reachable(run, sites, budget, limits)
+    """The sizes of least expected loss within all limits; under a limit of seconds, the forms too."""
+    sites, limits = _open_sites(run), open_limits(run, budget, table.clock)
     menus = [next(m for m in table.menus if m.name == site.name) for site in sites]
+    _check_reachable(run, sites, budget, limits, table)
     choice = choose(menus, limits)
     found = {}
     for site, item in zip(sites, choice.items, strict=True):
@@ -88,6 +97,8 @@ def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict
             found[site.path] = replace(settings, dense=DENSE)
         else:
             fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
+            if "latency" in limits:
+                settings = replace(settings, options=replace(settings.options, form=item.form))
             found[site.path] = replace(settings, fraction=fraction)
     return found, choice
 
@@ -96,12 +107,21 @@ def _open_sites(run: "Run") -> list[LayerSite]:
     return [site for site in run.capture.sites if run.settings[site.path].open]
 
 
-def _check_reachable(run: "Run", sites: Sequence[LayerSite], budget: Budget, limits: Mapping[str, float]) -> None:
+def _check_reachable(
+    run: "Run",
+    sites: Sequence[LayerSite],
+    budget: Budget,
+    limits: Mapping[str, float],
+    table: Sensitivity | None = None,
+) -> None:
     for name, limit in limits.items():
-        positions = [run.positions(site) if name == "macs" else 1 for site in sites]
-        least = sum(minimum_budget(s.geometry.matrix_shape) * q for s, q in zip(sites, positions, strict=True))
-        if limit < least:
+        if table is not None and table.clock is not None and name == "latency":
+            total, least = table.clock.original, sum(min(i.cost(name) for i in menu.items) for menu in table.menus)
+        else:
             total = total_cost(run.cost, name)
+            positions = [run.positions(site) if name == "macs" else 1 for site in sites]
+            least = sum(minimum_budget(s.geometry.matrix_shape) * q for s, q in zip(sites, positions, strict=True))
+        if limit < least:
             reachable = budget.given()[name] + (least - limit) / total
             raise ValueError(
                 f"budget: {name}={budget.given()[name]:g} is below the smallest that can be reached, "

@@ -12,9 +12,10 @@ from solvers.gram import best_bias
 from solvers.layer import minimum_budget
 from solvers.ridge import SCARCE, selection_statistics
 from solvers.terms import Dense
-from unified_approx.allocation.menu import LayerMenu, make_items, matrix_of
+from unified_approx.allocation.menu import Item, LayerMenu, make_items, matrix_of
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread, with_losses
+from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import assemble
 from unified_approx.sampling import problems
 from unified_approx.sites import LayerSite
@@ -30,11 +31,12 @@ _IMAGES = 256
 Step = Callable[[int, int, str], Any]
 
 
-def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAGES) -> Sensitivity:
+def measure_sensitivity(run: "Run", method: str, step: Step, *, images: int = _IMAGES) -> Sensitivity:
     """The menus of all layers whose size is open, with their losses.
 
     Inputs are the original network's. Each layer is put in alone at a few sizes, as the simple forms give them, and
-    the distance of the network's outputs from the original's is measured on the first examples.
+    the distance of the network's outputs from the original's is measured on the first examples. Under a budget of
+    latency every size is timed as well.
 
     Args:
         run: the network, the data and the settings.
@@ -42,7 +44,7 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
         step: called with (index, total, name) before each layer.
         images: examples that the losses are measured on.
     """
-    start = time.perf_counter()
+    start, timer = time.perf_counter(), run.timer
     capture, sites = run.capture.again(), [site for site in run.capture.sites if run.settings[site.path].open]
     dense = {s.path: run.module(s, (Dense(np.asarray(run.original(s))),), s.shift.astype(np.float32)) for s in sites}
     whole = assemble(run.model, dense, run.capture.sites)
@@ -53,7 +55,7 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
     menus, measured, own = [], [], {site.path: site for site in capture.sites}
     for index, site in enumerate(sites):
         step(index, len(sites), site.name)
-        items, points = _layer(run, own[site.path], capture, ask, _LEVELS[method])
+        items, points = _layer(run, own[site.path], capture, ask, _LEVELS[method], timer)
         shape = site.geometry.matrix_shape
         menus.append(LayerMenu(name=site.name, shape=(shape.n, shape.p), positions=run.positions(site), items=items))
         measured.append(tuple(points))
@@ -63,10 +65,18 @@ def measure_sensitivity(run: "Run", method: str, step: Step, images: int = _IMAG
         menus=tuple(menus),
         measured=tuple(measured),
         seconds=time.perf_counter() - start,
+        clock=None if timer is None else timer.dense_seconds(run.capture.sites),
     )
 
 
-def _layer(run: "Run", site: LayerSite, capture: Streams, ask: Callable[..., float], levels: tuple[float, ...]) -> Any:
+def _layer(
+    run: "Run",
+    site: LayerSite,
+    capture: Streams,
+    ask: Callable[..., float],
+    levels: tuple[float, ...],
+    timer: LayerTimer | None,
+) -> tuple[tuple[Item, ...], list[Measured]]:
     """Items with losses, and what was measured, of one layer."""
     options, shape = run.settings[site.path].options, site.geometry.matrix_shape
     rows = max(_MIN_ROWS, SCARCE * shape.p)
@@ -80,7 +90,9 @@ def _layer(run: "Run", site: LayerSite, capture: Streams, ask: Callable[..., flo
     )
     with jax.enable_x64(found.wide):
         curves = error_curves(found.stats, found.w, shape, options.group)
-    items = make_items(curves, shape, run.positions(site), minimum_budget(shape))
+    items = make_items(curves, shape, run.positions(site), minimum_budget(shape), each_form=timer is not None)
+    if timer is not None:
+        items = timer.timed(site, items)
     points = []
     for item in spread(items, levels):
         with jax.enable_x64(found.wide):

@@ -1,6 +1,6 @@
 """What one layer could become: sizes with their costs and their error."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
 import numpy as np
@@ -25,6 +25,7 @@ class Item:
         macs: multiply-adds per example.
         error: relative squared error before the activation.
         loss: expected fall of the network's output, in nats, when this layer alone is so; 0 for dense.
+        seconds: per batch of 64 on this machine, in the fastest execution; None where nothing was timed.
     """
 
     form: str
@@ -33,9 +34,13 @@ class Item:
     macs: float
     error: float
     loss: float = 0.0
+    seconds: float | None = None
 
     def cost(self, name: str) -> float:
         """What a budget of that name counts."""
+        if name == "latency":
+            assert self.seconds is not None
+            return self.seconds
         return self.macs if name == "macs" else self.values
 
 
@@ -56,18 +61,26 @@ class LayerMenu:
     items: tuple[Item, ...]
 
 
-def make_items(curves: ErrorCurves, shape: MatrixShape, positions: int, least: float) -> list[Item]:
-    """The better of columns and low rank at each size of a grid, dense included; `least` is the smallest budget."""
+def make_items(
+    curves: ErrorCurves, shape: MatrixShape, positions: int, least: float, *, each_form: bool = False
+) -> list[Item]:
+    """The better of columns and low rank at each size of a grid, or both of them; dense included.
+
+    Args:
+        curves: of the layer.
+        shape: likewise.
+        positions: output positions per example.
+        least: the smallest budget in stored values.
+        each_form: keep both forms, because they differ in more than their error, in speed for example.
+    """
     n, p = shape.n, shape.p
-    items: list[Item] = []
-    for values in np.maximum(_SIZES * n * p, least):
-        both = [item for item in (_columns(curves, values, n, p), _rank(curves, values, n, p)) if item is not None]
-        if both and (best := min(both, key=lambda item: item.error)).error < 1:
-            items.append(best)
-    unique = {item.values: item for item in items}.values()
-    scaled = [Item(**{**vars(item), "macs": item.macs * positions}) for item in unique]
+    sizes = np.maximum(_SIZES * n * p, least)
+    forms = [[item for v in sizes if (item := make(curves, v, n, p)) is not None] for make in (_columns, _rank)]
+    groups = forms if each_form else [[*forms[0], *forms[1]]]
+    items = [item for group in groups for item in _falling([item for item in group if item.error < 1])]
+    scaled = [replace(item, macs=item.macs * positions) for item in items]
     dense = Item(form="dense", size=p, values=float(n * p), macs=float(n * p * positions), error=0.0)
-    return [*_falling(scaled), dense]
+    return [*scaled, dense]
 
 
 def _columns(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
@@ -86,7 +99,7 @@ def _columns(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
 def _rank(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
     pivot = ceil(log2(max(2, n))) / 32
     rank = largest_rank(values, n, p, True, pivot)
-    if rank < 1 or rank * (n + p) >= n * p or curves.group_size > 1:
+    if rank < 1 or rank * (n + p) >= n * p:
         return None
     stored = rank * (n + p - rank)
     return Item(
@@ -101,7 +114,7 @@ def _rank(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
 def _falling(items: list[Item]) -> list[Item]:
     """Without the items that a smaller one beats."""
     kept: list[Item] = []
-    for item in sorted(items, key=lambda item: item.values):
+    for item in sorted(items, key=lambda item: (item.values, item.error)):
         if not kept or item.error < kept[-1].error:
             kept.append(item)
     return kept

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from unified_approx.allocation.menu import Item, LayerMenu
+from unified_approx.allocation.timing import Clock
 
 _VERSION = 1
 METHODS = ("kl", "fisher")
@@ -38,6 +39,7 @@ class Sensitivity:
         menus: of every layer that may be compressed, losses filled in.
         measured: per layer what was measured, by increasing error.
         seconds: that measuring took.
+        clock: what the layers and the network take dense on this machine, where sizes were timed.
     """
 
     identity: str
@@ -45,6 +47,7 @@ class Sensitivity:
     menus: tuple[LayerMenu, ...]
     measured: tuple[tuple[Measured, ...], ...]
     seconds: float
+    clock: Clock | None = None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write as JSON."""
@@ -70,7 +73,8 @@ class Sensitivity:
                 for m in content.pop("menus")
             )
             measured = tuple(tuple(Measured(**point) for point in points) for points in content.pop("measured"))
-            return cls(menus=menus, measured=measured, **content)
+            clock = content.pop("clock")
+            return cls(menus=menus, measured=measured, clock=None if clock is None else Clock(**clock), **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"sensitivity: {path} is no sensitivity table that this version reads ({error})"
