@@ -36,7 +36,7 @@ _INLINED = {
     "custom_vjp_call": "call_jaxpr",
 }
 _ALIASES = ("name", "copy", "copy_p")
-_TINY = 8  # output positions; at 2x2 the convolution runs at 2 GFLOP/s, patches times matrix at 145
+TINY = 8  # output positions; at 2x2 the convolution runs at 2 GFLOP/s, patches times matrix at 145
 _LAZY_SIZE = 4096  # weight-only broadcasts with more elements are made when read, not stored
 
 Value = Any  # a jax.Array, or a NumPy or Python scalar as literals have it
@@ -199,7 +199,7 @@ def _tiny_convolution(eqn: Any) -> Geometry | None:
         and all(d == 1 for d in params["lhs_dilation"])
         and all(pad >= 0 for pair in params["padding"] for pad in pair)
     )
-    if not plain or prod(eqn.outvars[0].aval.shape[1:-1]) > _TINY:
+    if not plain or prod(eqn.outvars[0].aval.shape[1:-1]) > TINY:
         return None
     *window, c_in, c_out = kernel.shape
     return Geometry(

@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import Float
 
 from solvers.curves import error_curves
 from solvers.gram import best_bias
@@ -17,6 +20,8 @@ from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread, with_losses
 from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import assemble
+from unified_approx.graph import TINY
+from unified_approx.layers.factored import MATMUL, MERGED
 from unified_approx.sampling import problems
 from unified_approx.sites import LayerSite
 from unified_approx.streams import Streams
@@ -46,7 +51,7 @@ def measure_sensitivity(run: "Run", method: str, step: Step, *, images: int = _I
     """
     start, timer = time.perf_counter(), run.timer
     capture, sites = run.capture.again(), [site for site in run.capture.sites if run.settings[site.path].open]
-    dense = {s.path: run.module(s, (Dense(np.asarray(run.original(s))),), s.shift.astype(np.float32)) for s in sites}
+    dense = {s.path: _dense(run, s, run.original(s), s.shift) for s in sites}
     whole = assemble(run.model, dense, run.capture.sites)
     whole.eval()
     used = max(1, min(images, run.num_images) // len(jax.tree.leaves(capture.example)[0]))
@@ -98,6 +103,12 @@ def _layer(
         with jax.enable_x64(found.wide):
             m = matrix_of(item, curves, found.stats)
             bias = np.asarray(best_bias(found.stats, m), np.float32)
-        layer = run.module(site, (Dense(np.asarray(m, np.float32)),), bias)
-        points.append(Measured(error=item.error, loss=ask(site.path, layer)))
+        points.append(Measured(error=item.error, loss=ask(site.path, _dense(run, site, m, bias))))
     return with_losses(items, points), points
+
+
+def _dense(run: "Run", site: LayerSite, matrix: Float[Any, "n p"], bias: Float[Any, " n"]) -> nnx.Module:
+    """The layer with another matrix, fast on images of every size."""
+    tiny = site.geometry.window and prod(run.spatial[site.path]) <= TINY
+    terms = (Dense(np.asarray(matrix, np.float32)),)
+    return run.module(site, terms, np.asarray(bias, np.float32)).with_execution(MATMUL if tiny else MERGED)
