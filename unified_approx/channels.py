@@ -41,6 +41,10 @@ class ChannelFlow:
     norms: Mapping[Path, Numbers]
     pinned: Bool[np.ndarray, " channels"]
 
+    def pin(self, numbers: Numbers) -> None:
+        """Let these channels stay."""
+        self.pinned[numbers[numbers != UNKNOWN]] = True
+
 
 def channel_flow(graph: Graph, model: nnx.Module, found: Sequence[tuple[LayerSite, Sequence[Call]]]) -> ChannelFlow:
     """Follow the channels of all layers.

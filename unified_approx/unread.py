@@ -53,6 +53,10 @@ def remove_unread(model: nnx.Module, example: PyTree, call: Call = forward) -> t
     few = jax.tree.map(lambda a: a[:_EXAMPLES], example)
     flow = _flow(model, few, call)
     layers: dict[Path, Layer] = {path: get(model, path) for path in flow.outputs}
+    for path, layer in layers.items():
+        if getattr(layer, "mask", None) is not None:  # of all ones, which no factored layer has
+            flow.pin(flow.outputs[path])
+            flow.pin(flow.inputs[path])
     alive = _alive(flow, layers, flow.outputs)
     shrinking = [path for path, own in flow.outputs.items() if not alive[own].all()]
     if not shrinking:

@@ -266,6 +266,14 @@ def test_one_layer_that_cannot_change_does_not_stop_the_others():
     check(blind(blind(build(net), ("b",), [1]), ("c",), [0, 2]), {"b": 2})
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_masked_layers_are_left_alone(name):
+    model: Any = between(lambda m, x, image: x)
+    layer = getattr(model, name)
+    layer.mask = nnx.data(jnp.ones(layer.kernel.shape))
+    check(model, {})
+
+
 def test_several_readers_and_layers_called_twice():
     def net() -> nnx.Module:
         def call(m: Any, x: jax.Array) -> Any:
