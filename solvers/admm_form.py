@@ -70,10 +70,13 @@ def _over_budget(
 
 def _largest_fit(context: Context, order: np.ndarray, rank: int, members: int) -> tuple[int, int]:
     """(kept groups, rank) within the budget: the rank lowered until at least as many columns as rank fit beside it."""
+    unit = context.round_to
     for r in range(rank, -1, -1):
         room = context.budget - _cost(context, 0, r)
         groups = int(min(room // ((context.shape.n - r) * members), len(order))) if context.shape.n > r else 0
-        if groups > 0 or (r == 0 and room >= 0):
+        if unit > 1 and groups < len(order):
+            groups = groups // unit * unit if r else context.rounded(groups, len(order))
+        if r % unit == 0 and (groups > 0 or (r == 0 and room >= 0)):
             return max(groups, 0), r
     return 0, 0
 
@@ -115,8 +118,10 @@ def penalized_candidate(
     grouping = _grouping(context)
     problem = _solvable(context.problem, options)
     solution = solve(problem, _penalties(problem, *fractions, grouping), options=options, start=start)
-    groups = np.flatnonzero(np.asarray(solution.kept))
-    return _candidate(context, grouping, groups, int(solution.rank), int(solution.num_steps))
+    order = np.argsort(-_norms(solution, grouping), kind="stable")
+    kept = context.rounded(int(np.sum(solution.kept)), len(order))
+    rank = context.rounded(int(solution.rank), min(context.shape.n, context.shape.p))
+    return _candidate(context, grouping, order[:kept], rank, int(solution.num_steps))
 
 
 def _candidate(context: Context, grouping: Grouping, groups: np.ndarray, rank: int, num_steps: int) -> Candidate:

@@ -234,6 +234,25 @@ def select(
     return masks[jnp.argmin(errors)]
 
 
+def removal_costs(
+    gram: Float[Array, "p p"], w: Float[Array, "n p"], mask: Bool[np.ndarray, " p"]
+) -> Float[np.ndarray, " p"]:
+    """How much F rises when a kept column goes alone and the others are refitted; 0 for columns that are not kept.
+
+    ||a_j||^2 / K_jj with a = w gram_:S K and K = gram_SS^-1, in float64 on the host: for a few removals, not for paths.
+
+    Args:
+        gram: (p, p), positive definite on the kept columns.
+        w: (n, p), the matrix to approximate.
+        mask: kept columns S, (p,).
+    """
+    moments, matrix, costs = np.asarray(gram, np.float64), np.asarray(w, np.float64), np.zeros(len(mask))
+    inverse = np.linalg.inv(moments[np.ix_(mask, mask)])
+    refitted = matrix @ moments[:, mask] @ inverse
+    costs[mask] = np.sum(refitted**2, axis=0) / np.diagonal(inverse)
+    return costs
+
+
 def _members(group: np.ndarray, p: int) -> np.ndarray:
     """Columns of each group, (groups, size)."""
     group = np.asarray(group)

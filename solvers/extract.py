@@ -180,6 +180,16 @@ def _low_rank(
     return LowRank(u.astype(np.float32), v.astype(np.float32), indices)
 
 
+def with_gauge(term: LowRank) -> LowRank:
+    """The same term with an identity block in u, where that is well conditioned: r^2 fewer values are stored.
+
+    Args:
+        term: without gauge.
+    """
+    u, v = np.asarray(term.u, np.float64), np.asarray(term.v, np.float64)
+    return _low_rank(u, v, term.indices, gauge=True) if term.rank else term
+
+
 def _second_factor(
     matrix: Float64[np.ndarray, "n p"], basis: Float64[np.ndarray, "r q"], single: Bool[np.ndarray, " p"], rows: int
 ) -> Float64[np.ndarray, "n rows r"]:

@@ -4,7 +4,7 @@ A form is one function `(Context) -> Candidate | None` and one row in `FORMS`. S
 (the paper's ADMM, which works on rows, is in `admm_form.py`); fitting and refinement are the same for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, log2, sqrt
@@ -57,6 +57,7 @@ class Context:
         budget: what may be stored, in values; an index counts its bits / 32.
         group: "column" or "channel".
         gauge: store factors with an identity block (fewer values for the same matrix).
+        round_to: kept columns (groups) and ranks are multiples of it; see `rounded`.
     """
 
     stats: GramStatistics
@@ -66,6 +67,16 @@ class Context:
     budget: float
     group: str = "column"
     gauge: bool = True
+    round_to: int = 1
+
+    def rounded(self, size: int, most: int) -> int:
+        """A number of columns or groups, or a rank, rounded down; as it is if it is all of them or below `round_to`."""
+        return size if size >= most or size < self.round_to else size // self.round_to * self.round_to
+
+    def rounded_ranks(self, ranks: Iterable[int], most: int) -> list[int]:
+        """Candidates for a rank, rounded down; those below `round_to` only if all are."""
+        found = {self.rounded(rank, most) for rank in ranks}
+        return sorted({rank for rank in found if rank >= self.round_to} or found)
 
     @property
     def index_cost(self) -> float:
@@ -116,7 +127,7 @@ def column_form(context: Context) -> Candidate | None:
     """Columns only: group OBS or forward selection with swaps; whole input channels with group="channel"."""
     n, p = context.shape.n, context.shape.p
     members = 1 if context.group == "column" else p // context.shape.c_in
-    k = int((context.budget - context.index_cost) // (n * members))
+    k = context.rounded(int((context.budget - context.index_cost) // (n * members)), p // members)
     if k < 1:
         return None
     if members == 1:
@@ -129,7 +140,7 @@ def column_form(context: Context) -> Candidate | None:
 def low_rank_form(context: Context) -> Candidate | None:
     """Data-aware low rank: reduced-rank regression on all columns."""
     n, p = context.shape.n, context.shape.p
-    rank = largest_rank(context.budget, n, p, context.gauge, context.pivot_cost)
+    rank = context.rounded(largest_rank(context.budget, n, p, context.gauge, context.pivot_cost), min(n, p))
     if rank < 1:
         return None
     return two_level_candidate(context, jnp.zeros(p, bool), jnp.ones(p, bool), rank)
@@ -138,7 +149,7 @@ def low_rank_form(context: Context) -> Candidate | None:
 def _rank_grid(context: Context) -> list[int]:
     n = min(context.shape.n, context.shape.p)
     fractions = (1 / 4, 7 / 16, 5 / 8) if context.gauge else (1 / 8, 1 / 4, 3 / 8)
-    return sorted({max(1, round(n * f)) for f in fractions})
+    return context.rounded_ranks((max(1, round(n * f)) for f in fractions), n)
 
 
 def _two_level_budget(context: Context, rank: int) -> int:
@@ -163,7 +174,34 @@ def two_level_form(context: Context) -> Candidate | None:
         return None
     rank = min(short, key=lambda rank: float(short[rank].error))
     best = short[rank] if options.rounds == 1 else select(rank, options.rounds)
-    return two_level_candidate(context, best.free, best.tail, int(best.rank))
+    return _rounded_candidate(context, best, trim_tail=True)
+
+
+def _rounded_candidate(context: Context, form: two_level.TwoLevel, *, trim_tail: bool) -> Candidate:
+    """The candidate of a form, its numbers of columns rounded down to multiples of `round_to`.
+
+    S1 gives its surplus to S2 minus S1, which drops its own if `trim_tail`; of the two, one may go altogether. The
+    columns that move are those that are worth least in the fit on all kept columns.
+    """
+    free, tail, unit = np.array(form.free), np.array(form.tail), context.round_to
+    if unit > 1:
+        worth = columns.removal_costs(context.stats.gram, context.w, free | tail)
+        if tail.any():
+            moved = _least(free, worth, int(free.sum()) % unit)
+            free, tail = free & ~moved, tail | moved
+            if trim_tail and (free.any() or tail.sum() > unit):
+                tail &= ~_least(tail, worth, int(tail.sum()) % unit)
+        else:
+            kept = int(free.sum())
+            free &= ~_least(free, worth, kept - context.rounded(kept, len(free)))
+    return two_level_candidate(context, free, tail, int(form.rank) if tail.any() else 0)
+
+
+def _least(mask: np.ndarray, worth: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` columns of `mask` that are worth least."""
+    chosen = np.zeros_like(mask)
+    chosen[np.argsort(np.where(mask, worth, np.inf), kind="stable")[:count]] = True
+    return chosen
 
 
 def sum_form(context: Context) -> Candidate | None:
@@ -173,7 +211,7 @@ def sum_form(context: Context) -> Candidate | None:
     if context.group == "channel" or not budget:
         return None
     found = _select_sum(context.stats, context.w, budget, ranks, gauge=context.gauge)
-    return two_level_candidate(context, found.free, found.tail, int(found.rank))
+    return _rounded_candidate(context, found, trim_tail=False)
 
 
 def spatial_form(context: Context) -> Candidate | None:
@@ -185,10 +223,10 @@ def spatial_form(context: Context) -> Candidate | None:
     pivot_cost = ceil(log2(window[1] * c_in)) / 32 if context.gauge else 0.0
     ranks = _spatial_ranks(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
     options = spatial.SpatialOptions.for_size(n, p, window)
-    select = partial(_select_spatial, gauge=context.gauge, pivot_cost=pivot_cost, options=options)
-    found = [
-        select(context.stats, context.w, window, budget, rank) for rank in np.unique(np.asarray(ranks)) if rank > 0
-    ]
+    price = {"gauge": context.gauge, "pivot_cost": pivot_cost, "round_to": context.round_to}
+    select = partial(_select_spatial, **price, options=options)
+    sizes = context.rounded_ranks((int(rank) for rank in np.asarray(ranks) if rank > 0), n * p)
+    found = [select(context.stats, context.w, window, budget, np.int32(rank)) for rank in sizes]
     if not found:
         return None
     best = min(found, key=lambda form: float(form.error))

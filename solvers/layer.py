@@ -23,7 +23,7 @@ from solvers.reconstruction import LayerProblem, relative_error
 from solvers.refine import RefineOptions, blend_for, refine
 from solvers.ridge import selection_statistics
 from solvers.structure import Structure, fit
-from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term, total_matrix
+from solvers.terms import Columns, Dense, MatrixShape, Term, figures, total_matrix
 
 FORM_NAMES = (*FORMS, "admm")
 _TRIED = tuple(name for name in FORM_NAMES if name != "sum")  # two-level contains the sum, and has beaten it so far
@@ -46,6 +46,8 @@ class LayerOptions:
         admm_rows_per_feature: how many of the rows the ADMM's path of penalties sees, None for all: the support
             settles on few, and a path takes hundreds of passes.
         float64_up_to: largest p for which selection runs in float64.
+        round_to: numbers of kept columns (or channels, with group="channel") and ranks are rounded down to multiples of
+            it, for machines that like some sizes. Where less than one multiple fits, sizes stay as they are.
     """
 
     form: str | tuple[str, ...] = "best"
@@ -57,6 +59,7 @@ class LayerOptions:
     admm: AdmmOptions = AdmmOptions(max_steps=40, check_every=5, rtol=2e-3)
     admm_rows_per_feature: int | None = 8
     float64_up_to: int = 1536
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.wanted() if name not in FORM_NAMES]
@@ -64,6 +67,8 @@ class LayerOptions:
             raise ValueError(f"form: {self.form!r} is unknown; choose best or one of {', '.join(FORM_NAMES)}")
         if self.group not in ("column", "channel"):
             raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
+        if self.round_to < 1:
+            raise ValueError(f"round_to: {self.round_to!r} is not a whole number from 1 on; 8 suits many machines")
 
     def wanted(self) -> tuple[str, ...]:
         """Names of the forms to try."""
@@ -209,6 +214,7 @@ class _Solver:
             budget=budget,
             group=self.options.group,
             gauge=self.options.gauge,
+            round_to=self.options.round_to,
         )
 
     def trial(self, candidate: Candidate) -> _Trial:
@@ -266,10 +272,7 @@ def _measure(trials: dict[str, _Trial], solver: _Solver) -> str | None:
 
 def _form_result(trial: _Trial, terms: tuple[Term, ...], shape: MatrixShape) -> FormResult:
     return FormResult(
-        params=sum(t.num_params for t in terms),
-        index_bits=sum(t.index_bits(shape) for t in terms),
-        kept_columns=sum(len(t.indices) for t in terms if isinstance(t, Columns)),
-        rank=sum(t.rank for t in terms if isinstance(t, LowRank | Spatial)),
+        **figures(terms, shape),
         linear=trial.linear,
         selected=trial.selected,
         refined=trial.refined,

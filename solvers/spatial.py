@@ -251,19 +251,21 @@ class _Price(NamedTuple):
     budget: Float[Array, ""]
     pivot_cost: Float[Array, ""]
     gauge: Bool[Array, ""]
+    round_to: Int[Array, ""]
 
 
 def _allocate(
     rank: Int[Array, ""], price: _Price, shape: tuple[int, int, int], bound: int, max_columns: int
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """(rank, columns) within the budget: the rank is cut if it must be, columns take what is left."""
+    """(rank, columns) within the budget: the rank is cut if it must be, columns take what is left, rounded down."""
     n, p, q = shape
     costs = pair_cost(
         jnp.arange(bound + 1, dtype=jnp.int32), n, q, p // q, gauge=price.gauge, pivot_cost=price.pivot_cost
     )
     rank = jnp.clip(rank.astype(jnp.int32), 0, _largest_rank(costs, price.budget))
     left_over = price.budget - costs[rank]
-    return rank, jnp.clip(jnp.floor(left_over / n), 0, max_columns).astype(jnp.int32)
+    count = jnp.clip(jnp.floor(left_over / n), 0, max_columns).astype(jnp.int32)
+    return rank, count // price.round_to * price.round_to
 
 
 def _better(new: SpatialColumns, old: SpatialColumns) -> SpatialColumns:
@@ -347,6 +349,7 @@ def best(
     *,
     gauge: bool = True,
     pivot_cost: Num[ArrayLike, ""] = 0.0,
+    round_to: Int[ArrayLike, ""] = 1,
     options: SpatialOptions | None = None,
 ) -> SpatialColumns:
     """First factor and columns of least linear error within the budget, over a grid of ranks.
@@ -366,6 +369,7 @@ def best(
         ranks: ranks to try, traced; each is cut until its two factors fit. None: `rank_grid` of options.fractions.
         gauge: whether the first factor is stored with an r x r identity block.
         pivot_cost: price of the index of one column of that block, in values, traced.
+        round_to: the number of columns is rounded down to a multiple of it, traced.
         options: static. None: `SpatialOptions.for_size`.
 
     Returns:
@@ -389,7 +393,8 @@ def best(
             fractions=options.fractions,
             max_rank=options.max_rank,
         )
-    price = _Price(jnp.asarray(budget, jnp.float32), jnp.asarray(pivot_cost, jnp.float32), jnp.asarray(gauge))
+    numbers = jnp.asarray(budget, jnp.float32), jnp.asarray(pivot_cost, jnp.float32)
+    price = _Price(*numbers, jnp.asarray(gauge), jnp.asarray(round_to, jnp.int32))
     return _best(stats, w, tuple(window), jnp.asarray(ranks, jnp.int32), price, options)
 
 
@@ -402,11 +407,13 @@ def select(
     *,
     gauge: bool = True,
     pivot_cost: Num[ArrayLike, ""] = 0.0,
+    round_to: Int[ArrayLike, ""] = 1,
     options: SpatialOptions | None = None,
 ) -> SpatialColumns:
     """`best` for a single rank, traced."""
     ranks = jnp.asarray(rank)[None]
-    return best(stats, w, window, budget, ranks, gauge=gauge, pivot_cost=pivot_cost, options=options)
+    price = {"gauge": gauge, "pivot_cost": pivot_cost, "round_to": round_to}
+    return best(stats, w, window, budget, ranks, **price, options=options)
 
 
 def features(

@@ -10,7 +10,7 @@ from math import ceil, log2, prod
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,20 @@ def index_bits(kept: int, total: int) -> int:
     return min(kept * max(1, ceil(log2(total))), total)
 
 
+def _channels_of(read: Bool[np.ndarray, " columns"], c_in: int) -> Bool[np.ndarray, " c_in"]:
+    """Which input channels the flagged columns belong to."""
+    return np.any(read.reshape(-1, c_in), axis=0)
+
+
+def _moved(
+    columns: Int[np.ndarray, " k"], kept: Int[np.ndarray, " channels"], c_in: int
+) -> tuple[Bool[np.ndarray, " k"], Int32[np.ndarray, " left"]]:
+    """Which columns are of the kept (increasing) input channels, and their numbers where there are no others."""
+    place, channel = np.divmod(columns, c_in)
+    here = np.isin(channel, kept)
+    return here, (place[here] * len(kept) + np.searchsorted(kept, channel[here])).astype(np.int32)
+
+
 @runtime_checkable
 class Term(Protocol):
     """One summand of a compressed layer's matrix."""
@@ -61,6 +75,18 @@ class Term(Protocol):
 
     def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Term":
         """The term whose matrix is diag(scale) times this one's."""
+        ...
+
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Term":
+        """The term of the output channels `kept` (increasing) alone, without what has no influence on these."""
+        ...
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Which input channels any stored value other than zero belongs to."""
+        ...
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Term":
+        """The same term where there are only the input channels `kept` (increasing); it must read no others."""
         ...
 
 
@@ -86,6 +112,18 @@ class Dense:
     def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Dense":
         """Scale the values."""
         return Dense(self.values * scale[:, None])
+
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Dense":
+        """Take the rows."""
+        return Dense(self.values[kept])
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Those with a column that is not zero."""
+        return _channels_of(np.any(self.values, axis=0), shape.c_in)
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Dense":
+        """Take the columns."""
+        return Dense(self.values[:, _moved(np.arange(shape.p), kept, shape.c_in)[0]])
 
 
 @dataclass(frozen=True)
@@ -113,6 +151,23 @@ class Columns:
     def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Columns":
         """Scale the values."""
         return Columns(self.values * scale[:, None], self.indices)
+
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Columns":
+        """Take the rows; columns that are zero then are not stored."""
+        values = self.values[kept]
+        used = values.any(axis=0)
+        return Columns(values[:, used], self.indices[used])
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Those with a kept column that is not zero."""
+        read = np.zeros(shape.p, bool)
+        read[self.indices] = self.values.any(axis=0)
+        return _channels_of(read, shape.c_in)
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Columns":
+        """Number the columns anew."""
+        here, indices = _moved(self.indices, kept, shape.c_in)
+        return Columns(self.values[:, here], indices)
 
 
 @dataclass(frozen=True)
@@ -162,6 +217,29 @@ class LowRank:
         """Scale the rows of u; the result has no gauge, since its identity rows are scaled too."""
         return LowRank(self.full_u(len(scale)) * scale[:, None], self.v, self.indices)
 
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Columns | LowRank":
+        """Take the rows of u: without gauge if one of its identity rows goes, and no factors for `rank` rows."""
+        n = self.u.shape[0] + len(self.pivots)
+        if len(kept) <= self.rank:
+            return Columns(self.full_u(n)[kept] @ self.v, self.indices)
+        if len(self.pivots) and np.isin(self.pivots, kept).all():
+            others = np.setdiff1d(np.arange(n), self.pivots)
+            pivots = np.searchsorted(kept, self.pivots).astype(np.int32)
+            return LowRank(self.u[np.isin(others, kept)], self.v, self.indices, pivots)
+        u = self.full_u(n)[kept]
+        live = u.any(axis=0)
+        used = self.v[live].any(axis=0)
+        return LowRank(u[:, live], self.v[live][:, used], self.indices[used])
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Those with a column of v that is not zero."""
+        return Columns(self.v, self.indices).channels_read(shape)
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "LowRank":
+        """Number the columns of v anew."""
+        v = Columns(self.v, self.indices).with_channels(kept, shape)
+        return LowRank(self.u, v.values, v.indices, self.pivots)
+
 
 @dataclass(frozen=True)
 class Spatial:
@@ -209,6 +287,25 @@ class Spatial:
         """Scale the second factor."""
         return Spatial(self.first, self.second * scale[:, None, None], self.pivots)
 
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Spatial":
+        """Take the rows of the second factor; without gauge if a channel between the two is useless then."""
+        second = self.second[kept]
+        live = second.any(axis=(0, 1))
+        if live.all():
+            return Spatial(self.first, second, self.pivots)
+        return Spatial(self.full_first(self.first.shape[1] + len(self.pivots))[live], second[:, :, live])
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Those with a column of the first factor that is not zero."""
+        first = self.full_first(shape.window[1] * shape.c_in)
+        return _channels_of(np.any(first, axis=0), shape.c_in)
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Spatial":
+        """Take the columns of the first factor."""
+        others = np.setdiff1d(np.arange(shape.window[1] * shape.c_in), self.pivots)
+        here = _moved(others, kept, shape.c_in)[0]
+        return Spatial(self.first[:, here], self.second, _moved(self.pivots, kept, shape.c_in)[1])
+
 
 def total_matrix(terms: Sequence[Term], shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
     """The sum of the terms' matrices; zero without terms."""
@@ -216,6 +313,16 @@ def total_matrix(terms: Sequence[Term], shape: MatrixShape) -> Float32[np.ndarra
     for term in terms:
         out += term.matrix(shape)
     return out
+
+
+def figures(terms: Sequence[Term], shape: MatrixShape) -> dict[str, int]:
+    """Stored values `params`, their `index_bits`, `kept_columns` of the sparse part, `rank` of the low-rank part."""
+    return {
+        "params": sum(t.num_params for t in terms),
+        "index_bits": sum(t.index_bits(shape) for t in terms),
+        "kept_columns": sum(len(t.indices) for t in terms if isinstance(t, Columns)),
+        "rank": sum(t.rank for t in terms if isinstance(t, LowRank | Spatial)),
+    }
 
 
 # The name of each kind of term in files.

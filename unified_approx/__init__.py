@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unified_approx.storage import load, save
     from unified_approx.sweeping import sweep
     from unified_approx.training import Recipe, train
+    from unified_approx.unread import remove_unread
 
 # Imported on first use: the command line answers `--help` without loading JAX.
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "finetune": "finetuning",
     "load": "storage",
     "plan": "pipeline",
+    "remove_unread": "unread",
     "save": "storage",
     "sensitivity": "pipeline",
     "sweep": "sweeping",
@@ -55,6 +57,7 @@ __all__ = [
     "finetune",
     "load",
     "plan",
+    "remove_unread",
     "save",
     "sensitivity",
     "sweep",

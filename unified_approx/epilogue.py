@@ -17,7 +17,7 @@ from unified_approx.sites import Path
 
 _RESHAPES = ("reshape", "squeeze", "expand_dims")
 _CLIPS = ("max", "min", "clamp")
-_ELEMENTWISE = """
+ELEMENTWISE = """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type cos cosh div eq erf erf_inv erfc exp exp2 expm1
     floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow reduce_precision rem
     round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor
@@ -180,7 +180,7 @@ class _Region:
             return False
         op = graph.ops[min(readers)]
         shape = graph.avals[self.h].shape
-        fits = op.name in (only or _ELEMENTWISE) and all(graph.avals[v].shape == shape for v in op.outputs)
+        fits = op.name in (only or ELEMENTWISE) and all(graph.avals[v].shape == shape for v in op.outputs)
         if not fits or not all(v in self.values or self._scalar(v) is not None for v in op.inputs):
             return False
         self.ops.append(min(readers))

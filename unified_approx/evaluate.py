@@ -24,6 +24,24 @@ def _run(graphdef: Any, state: Any, x: Array, call: Call) -> Any:
     return call(nnx.merge(graphdef, state), x)
 
 
+@partial(jax.jit, static_argnames=("graphdef", "call"), compiler_options={"xla_backend_optimization_level": 0})
+def _run_once(graphdef: Any, state: Any, batch: Any, call: Call) -> Any:
+    return call(nnx.merge(graphdef, state), batch)
+
+
+def outputs_once(model: nnx.Module, batch: Any, *, call: Call = forward) -> list[Any]:
+    """The leaves of a network's output on one batch; compiled in a hurry, for batches that are run once.
+
+    Args:
+        model: any NNX module; a clone in evaluation mode is run.
+        batch: (nested) arrays.
+        call: `call(model, batch)`.
+    """
+    clone = nnx.clone(model)
+    clone.eval()
+    return jax.tree.leaves(_run_once(*nnx.split(clone), jax.device_put(batch), call))
+
+
 def _prepare(model: nnx.Module, x: AnyArray, batch_size: int, call: Call) -> tuple[Callable[[Array], Any], int, int]:
     """(the jitted network on one batch, batch size, outputs); checks everything that needs no computation."""
     if not isinstance(batch_size, int) or batch_size < 1:

@@ -21,9 +21,10 @@ from unified_approx.run import Calibration, Plan, Run
 from unified_approx.settings import Arguments, Call, make_arguments
 from unified_approx.smallest import smallest
 from unified_approx.storage import save
+from unified_approx.unread import remove_unread
 from unified_approx.work_dir import WorkDir
 
-_ARGUMENTS = {*Arguments.__dataclass_fields__, "form", "group", "options"}
+_ARGUMENTS = {*Arguments.__dataclass_fields__, "form", "group", "options", "round_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ def compress(
     form: str | None = None,
     group: str | None = None,
     options: LayerOptions | None = None,
+    round_to: int | None = None,
     rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
@@ -83,7 +85,8 @@ def compress(
     """A smaller network that answers like `model` on data like `calibration`.
 
     Layers are solved in network order: inputs and shortcut branches come from the network compressed so far, targets
-    from the original. Each layer minimises ||y - r(x m' + bias + offset)||^2 over the matrices m of its budget.
+    from the original. Each layer minimises ||y - r(x m' + bias + offset)||^2 over the matrices m of its budget. Output
+    channels that no later layer reads any more are removed at the end, which changes no output (`remove_unread`).
 
     Args:
         model: a Flax NNX network; it is not changed. Batch norm must be in evaluation mode.
@@ -96,7 +99,8 @@ def compress(
         rules: which layers, in place of all; the first that matches a layer's name wins.
         form: "best", or one of `solvers.layer.FORM_NAMES`; "admm" is the paper's method.
         group: "column", or "channel" to keep or drop whole input channels.
-        options: all options of the layer solver; `form` and `group` override theirs.
+        options: all options of the layer solver; `form`, `group` and `round_to` override theirs.
+        round_to: numbers of kept columns or channels and ranks are rounded down to multiples of it, 8 for example.
         rows: sampled output positions per layer; chosen from the number of features when None.
         held_out: fraction of the examples (the last ones) on which forms and iterates are chosen.
         seed: of the sampled positions.
@@ -129,8 +133,9 @@ def compress(
     if work is not None and table is not None:
         work.keep_sensitivity(table)
     modules, layers = run.solve_all(work, progress, start or {})
-    new = run.settled(assemble(model, modules, run.capture.sites))
-    report = run.report(new, layers, time.perf_counter() - clock)
+    new, removed = remove_unread(assemble(model, modules, run.capture.sites), run.example, run.arguments.call)
+    new = run.settled(new)
+    report = run.report(new, layers, removed, time.perf_counter() - clock)
     return Result(model=new, report=report, sensitivity=table, matrices=run.matrices)
 
 

@@ -31,6 +31,7 @@ class LayerRow:
         iterations: passes over the data in the refinement, plus ADMM steps of the winning form.
         solve_status: status of the layer's solver.
         rows: calibration rows (sampled output positions) used.
+        removed_channels: output channels that were removed because nothing reads them; `shape` still counts them.
         seconds: wall time of the layer.
     """
 
@@ -55,6 +56,7 @@ class LayerRow:
     iterations: int = 0
     solve_status: str = ""
     rows: int = 0
+    removed_channels: int = 0
     seconds: float = 0.0
 
 
@@ -124,7 +126,8 @@ class Report:
             form = row.form if row.status == "compressed" else f"{row.status}: {row.reason}"
             share = f"{row.params / row.original_params:.0%}" if row.original_params else ""
             columns, rank = str(row.kept_columns or ""), str(row.rank or "")
-            shape = f"{row.shape[0]} × {row.shape[1]}" if row.shape[0] else ""
+            less = f" - {row.removed_channels}" if row.removed_channels else ""
+            shape = f"{row.shape[0]}{less} × {row.shape[1]}" if row.shape[0] else ""
             table.add_row(row.name, shape, form, columns, rank, share, error, f"{row.seconds:.1f}")
         return table
 

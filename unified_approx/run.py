@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -15,19 +15,21 @@ from jaxtyping import Array, PyTree
 from threadpoolctl import threadpool_limits
 
 from solvers.layer import LayerFit, minimum_budget, solve
-from solvers.terms import Term, total_matrix
+from solvers.terms import Term, figures, total_matrix
 from unified_approx import calibration as examples
 from unified_approx.allocation import Choice, Sensitivity
 from unified_approx.allocation.assign import total_cost
 from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import get, unfold
 from unified_approx.cost import NetworkCost, choose_executions, network_cost
+from unified_approx.evaluate import outputs_once
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
+from unified_approx.narrow import terms_of
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
-from unified_approx.settings import Arguments, Call, Settings, check_reachable, check_weights
+from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
 from unified_approx.streams import Streams
 from unified_approx.work_dir import WorkDir, fingerprint
@@ -36,12 +38,6 @@ _SINGLE_THREADED_BELOW = 2048
 _AGREEMENT = 0.02  # of the largest output: bfloat16 networks stay below it
 
 Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
-
-
-@partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
-def _run_once(call: Call, graphdef: Any, state: Any, batch: Any) -> Any:
-    """One batch through a network; compiled in a hurry, because it is the only one."""
-    return call(nnx.merge(graphdef, state), batch)
 
 
 def _kind(site: LayerSite) -> tuple[Any, ...]:
@@ -156,8 +152,15 @@ class Run:
             return None
         return LayerTimer(self.model, self.example, self.arguments.call)
 
-    def report(self, new: nnx.Module, layers: Sequence[LayerRow], seconds: float) -> Report:
-        """Rows of all layers, skipped ones last, and the totals of the whole network."""
+    def report(self, new: nnx.Module, layers: Sequence[LayerRow], removed: Mapping[str, int], seconds: float) -> Report:
+        """Rows of all layers, skipped ones last, and the totals of the whole network.
+
+        Args:
+            new: the compressed network.
+            layers: its rows as solved.
+            removed: output channels that were removed since, by layer.
+            seconds: of the run.
+        """
         before, after = self.cost, network_cost(new, self.example, call=self.arguments.call)
         skipped = [
             LayerRow(name=s.name, kind=s.kind, shape=(0, 0), status="skipped", reason=s.reason)
@@ -165,6 +168,7 @@ class Run:
         ]
         done = [row for row in layers if row.status in ("compressed", "diverged")]
         notes = [f"{row.name}: {row.reason}" for row in done if row.reason]
+        layers = [self._narrowed(row, site, new, removed) for row, site in zip(layers, self.capture.sites, strict=True)]
         gap = self.disagreement(new)
         if not gap <= _AGREEMENT:
             notes.append(f"the new network's outputs differ from the solved layers' by {gap:.1e} of their size")
@@ -183,6 +187,20 @@ class Run:
             warnings=tuple(notes),
         )
 
+    def _narrowed(self, row: LayerRow, site: LayerSite, new: nnx.Module, removed: Mapping[str, int]) -> LayerRow:
+        """The row of a layer after channels were removed from it or from those that it reads."""
+        layer, count = get(new, site.path), removed.get(site.name, 0)
+        if not isinstance(layer, Factored) or not any(layer.removed):
+            return row
+        why = f"{count} output channels that nothing reads removed" if count else ""
+        return replace(
+            row,
+            reason="; ".join(text for text in (row.reason, why) if text),
+            macs=layer.factored_macs(self.capture.input_shape(site)[1:-1]) * site.num_calls,
+            removed_channels=count,
+            **figures(terms_of(layer), layer.geometry.matrix_shape),
+        )
+
     def disagreement(self, new: nnx.Module) -> float:
         """Largest relative difference, on the first batch, between the new network and what was solved for.
 
@@ -191,7 +209,7 @@ class Run:
         size = examples.count(self.example)
         expected = jax.tree.leaves(self.capture.outputs()[1])
         new.eval()
-        found = jax.tree.leaves(_run_once(self.arguments.call, *nnx.split(new), jax.device_put(self.example)))
+        found = outputs_once(new, self.example, call=self.arguments.call)
         gaps = [0.0]
         for want, got in zip(expected, found, strict=True):
             if np.shape(got)[:1] == (size,) and len(want) >= size and np.issubdtype(want.dtype, np.floating):
@@ -316,7 +334,7 @@ class Run:
             reason = "no form gave a finite error; left as it was"
             return replace(row, status="diverged", reason=reason, solve_status=fit.status, rows=rows)
         chosen = fit.forms[fit.form]
-        layer = factored_class(site.geometry).from_terms(fit.terms, fit.bias, site.geometry, execution="factored")
+        layer = factored_class(site.geometry).from_terms(fit.terms, fit.bias, site.geometry)
         if chosen.params >= row.original_params:
             return replace(row, status="kept", reason="no form is smaller", solve_status=fit.status, rows=rows)
         return replace(
@@ -328,7 +346,7 @@ class Run:
             rank=chosen.rank,
             params=chosen.params,
             index_bits=chosen.index_bits,
-            macs=layer.macs(spatial) * site.num_calls,
+            macs=layer.factored_macs(spatial) * site.num_calls,
             error_before=fit.linear_errors[0],
             error_before_held_out=fit.linear_errors[1],
             error_after=fit.errors[0],

@@ -173,11 +173,17 @@ def check_reachable(site: LayerSite, settings: Settings) -> None:
 
 
 def make_arguments(
-    *, options: LayerOptions | None = None, form: str | None = None, group: str | None = None, **rest: Any
+    *,
+    options: LayerOptions | None = None,
+    form: str | None = None,
+    group: str | None = None,
+    round_to: int | None = None,
+    **rest: Any,
 ) -> Arguments:
-    """The checked arguments of a run; `form` and `group` override those of `options`."""
+    """The checked arguments of a run; `form`, `group` and `round_to` override those of `options`."""
     base = vars(options or LayerOptions())
-    changes = {k: v for k, v in (("form", form), ("group", group)) if v is not None}
+    given = {"form": form, "group": group, "round_to": round_to}
+    changes = {name: value for name, value in given.items() if value is not None}
     rest["rules"] = tuple(rest.get("rules", ()))
     rest["call"] = rest.get("call") or (lambda model, batch: model(batch))
     return Arguments(options=LayerOptions(**{**base, **changes}), **rest)

@@ -30,6 +30,7 @@ from safetensors import numpy as safetensors_numpy
 from unified_approx import zoo
 from unified_approx.assemble import Identity, get, homes, modules, put
 from unified_approx.layers import Factored, FactoredConv, FactoredLinear, geometry_of
+from unified_approx.narrow import narrow_norm, removed_features
 from unified_approx.sites import Path, path_name
 
 FORMAT = 1
@@ -160,10 +161,28 @@ def _replaced(model: nnx.Module) -> list[dict[str, Any]]:
     """One entry for each module that is not the original network's, with all its paths."""
     found = []
     for path, module in modules(model).items():
-        if isinstance(module, Identity | Factored):
+        if _is_new(module):
             entry = {"homes": [list(home) for home in homes(model, path)], "kind": type(module).__name__}
-            found.append(entry | ({"spec": module.spec()} if isinstance(module, Factored) else {}))
+            found.append(entry | _spec(module))
     return found
+
+
+def _is_new(module: nnx.Module) -> bool:
+    """Whether the module is not one of the original network's."""
+    return isinstance(module, Identity | Factored) or _is_narrow(module)
+
+
+def _is_narrow(module: nnx.Module) -> bool:
+    return isinstance(module, nnx.BatchNorm) and removed_features(module) > 0
+
+
+def _spec(module: nnx.Module) -> dict[str, Any]:
+    if isinstance(module, Factored):
+        return {"spec": module.spec()}
+    if isinstance(module, nnx.BatchNorm):
+        sizes = {"num_features": module.num_features, "removed": removed_features(module)}
+        return {"kind": nnx.BatchNorm.__name__, "spec": sizes}
+    return {}
 
 
 def _within(path: Path, roots: list[Path]) -> bool:
@@ -233,7 +252,7 @@ def _find_in_zoo(model: nnx.Module) -> Network | None:
             continue
         try:
             for path, module in modules(model).items():
-                if isinstance(module, Identity | Factored):
+                if _is_new(module):
                     for home in homes(model, path):
                         put(skeleton, home, module)
         except ValueError:
@@ -313,7 +332,9 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Mo
     model = _skeleton(path, header, like)
     kept = []
     for entry in header["modules"]:
-        new, paths = _rebuild(entry, arrays), [tuple(home) for home in entry["homes"]]
+        paths = [tuple(home) for home in entry["homes"]]
+        narrow = entry["kind"] == nnx.BatchNorm.__name__
+        new = _narrow_norm(model, paths[0], entry["spec"]) if narrow else _rebuild(entry, arrays)
         kept += paths if isinstance(new, Factored) else []
         for home in paths:
             _check_home(model, home, new)
@@ -344,15 +365,26 @@ def _rebuild(entry: Mapping[str, Any], arrays: Tensors) -> nnx.Module:
     return _FACTORED[entry["kind"]].from_spec(entry["spec"], {n.removeprefix(start): a for n, a in own.items()})
 
 
+def _narrow_norm(model: nnx.Module, home: Path, sizes: Mapping[str, int]) -> nnx.Module:
+    """The batch norm at `home` with as many features as were saved."""
+    old, kept = get(model, home), sizes["num_features"]
+    if not isinstance(old, nnx.BatchNorm) or old.num_features != kept + sizes["removed"]:
+        raise ValueError(
+            f"like: the weights do not fit at {path_name(home)!r}: saved for a batch norm of "
+            f"{kept + sizes['removed']} features"
+        )
+    return narrow_norm(old, np.arange(kept))
+
+
 def _check_home(model: nnx.Module, home: Path, new: nnx.Module) -> None:
     """Refuse to put a factored layer where a layer of another geometry stands."""
     old = get(model, home)
     if not isinstance(new, Factored) or not isinstance(old, nnx.Conv | nnx.Linear):
         return
     found = geometry_of(old)
-    if found != new.geometry:
+    if found != new.replaces:
         raise ValueError(
-            f"like: the weights do not fit at {path_name(home)!r}: saved for {new.geometry}, found {found}"
+            f"like: the weights do not fit at {path_name(home)!r}: saved for {new.replaces}, found {found}"
         )
 
 

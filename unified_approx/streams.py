@@ -69,6 +69,10 @@ class Streams:
         """The shape of one image of the layer's output, without the channels."""
         return self._first.output_spatial(site)
 
+    def input_shape(self, site: LayerSite) -> tuple[int, ...]:
+        """Shape of what one call of the layer sees of one batch."""
+        return self._first.input_shape(site)
+
     def observe(self, site: LayerSite, rows: int) -> Observation:
         """What the layer sees and should answer, on the core, or on all images if the core has fewer than `rows` rows.
 

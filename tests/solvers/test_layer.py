@@ -10,7 +10,7 @@ import pytest
 
 from solvers.layer import FORM_NAMES, LayerOptions, dense, minimum_budget, solve
 from solvers.reconstruction import LayerProblem, relative_error
-from solvers.terms import MatrixShape
+from solvers.terms import LowRank, MatrixShape
 
 SHAPE = MatrixShape((3, 3), 4, 16)
 BUDGET = 0.5 * SHAPE.n * SHAPE.p
@@ -78,6 +78,48 @@ def test_whole_channels(solved):
     by_channel = kept.reshape(9, SHAPE.c_in)
     assert np.all(by_channel == by_channel[:1])
     assert 0 < kept.sum() < SHAPE.p
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_sizes_are_multiples(solved, form):
+    rows, held_out, _ = solved
+    for unit, budget in ((4, BUDGET), (3, 0.7 * BUDGET)):
+        options = LayerOptions(form=form, refine=None, round_to=unit)
+        fit = solve(rows, held_out, SHAPE, budget=budget, options=options)
+        result = fit.forms[form]
+        assert result.params + result.index_bits / 32 <= budget
+        assert result.params > 0.5 * budget
+        assert (result.kept_columns % unit, result.rank % unit) == (0, 0)
+        for term in fit.terms:
+            if isinstance(term, LowRank) and form == "two_level":
+                assert len(term.indices) % unit == 0
+        own_size = result.params + 3 * SHAPE.p / 32 + 2  # with room for what the form reserves for indices
+        other = solve(rows, held_out, SHAPE, budget=own_size, options=replace(options, round_to=1))
+        assert result.linear < 1.5 * other.forms[form].linear
+
+
+@pytest.mark.parametrize("form", ["columns", "admm"])
+def test_numbers_of_channels_are_multiples(solved, form):
+    rows, held_out, _ = solved
+    options = LayerOptions(form=form, group="channel", refine=None, round_to=2)
+    fit = solve(rows, held_out, SHAPE, budget=0.85 * SHAPE.n * SHAPE.p, options=options)
+    assert fit.forms[form].kept_columns == 18
+
+
+@pytest.mark.parametrize("form", ["columns", "low_rank", "two_level", "spatial"])
+def test_less_than_a_multiple_stays_as_it_is(solved, form):
+    rows, held_out, free = solved
+    options = LayerOptions(form=form, refine=None, round_to=1000)
+    fit = solve(rows, held_out, SHAPE, budget=BUDGET, options=options)
+    assert fit.status == "ok"
+    if form in ("columns", "low_rank"):
+        assert fit.forms[form].params == free.forms[form].params
+
+
+def test_penalties_and_multiples(solved):
+    rows, held_out, _ = solved
+    fit = solve(rows, held_out, SHAPE, penalties=(0.02, 0.02), options=LayerOptions(round_to=5, refine=None))
+    assert (fit.forms["admm"].kept_columns % 5, fit.forms["admm"].rank % 5) == (0, 0)
 
 
 def test_larger_penalties_keep_less(solved):
@@ -158,7 +200,7 @@ def test_rows_of_another_layer():
         solve(rows, rows, MatrixShape((3, 3), 5, 16), budget=BUDGET)
 
 
-@pytest.mark.parametrize("options", [{"form": "wavelets"}, {"form": ()}, {"group": "row"}])
+@pytest.mark.parametrize("options", [{"form": "wavelets"}, {"form": ()}, {"group": "row"}, {"round_to": 0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LayerOptions(**options)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from solvers.terms import TERMS, Columns, Dense, LowRank, MatrixShape, Spatial, index_bits
+from solvers.terms import TERMS, Columns, Dense, LowRank, MatrixShape, Spatial, figures, index_bits
 
 RNG = np.random.default_rng(0)
 SHAPE = MatrixShape((2, 3), 4, 5)  # n = 5, p = 24
@@ -37,6 +37,52 @@ def test_sizes_and_row_scaling(name):
     np.testing.assert_allclose(
         term.with_rows_scaled(scale).matrix(SHAPE), matrix * scale[:, None], rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kept", [[0, 1, 3, 4], [1, 2, 3], [0, 1, 2, 4], [2, 4], [3]])
+def test_rows_and_channels_alone(name, kept):
+    term, rows = CASES[name][0], np.asarray(kept)
+    cut = term.with_rows(rows)
+    matrix = term.matrix(SHAPE)[rows]
+    small = MatrixShape(SHAPE.window, SHAPE.c_in, len(rows))
+    np.testing.assert_allclose(cut.matrix(small), matrix, rtol=1e-6)
+    read = cut.channels_read(small)
+    np.testing.assert_array_equal(read, matrix.reshape(-1, 4).any(axis=0))
+    channels = np.flatnonzero(read)
+    narrow = cut.with_channels(channels, small)
+    columns = np.isin(np.arange(24) % 4, channels)
+    less = MatrixShape(SHAPE.window, len(channels), len(rows))
+    np.testing.assert_allclose(narrow.matrix(less), matrix[:, columns], rtol=1e-6)
+
+
+def test_rows_without_influence_take_factors_and_columns_along():
+    values = np.asarray([[1, 0, 2], [0, 3, 0]], np.float32)
+    np.testing.assert_array_equal(
+        Columns(values, np.array([3, 4, 9], np.int32)).with_rows(np.array([0])).indices, [3, 9]
+    )
+    u = np.asarray([[1, 0], [2, 0], [3, 0], [0, 1]], np.float32)
+    v = np.asarray([[1, 0, 2], [0, 3, 0]], np.float32)
+    cut = LowRank(u, v, np.array([3, 4, 9], np.int32)).with_rows(np.array([0, 1, 2]))
+    assert cut.rank == 1
+    np.testing.assert_array_equal(cut.indices, [3, 9])
+    few = LowRank(u, v, np.array([3, 4, 9], np.int32)).with_rows(np.array([0, 3]))
+    assert isinstance(few, Columns)  # two factors of rank 2 for two rows store more
+
+
+def test_spatial_drops_the_channels_between_that_nothing_reads():
+    term = CASES["spatial gauge"][0]
+    second = term.second.copy()
+    second[:3, :, 0] = 0
+    cut = Spatial(term.first, second, term.pivots).with_rows(np.array([0, 2]))
+    assert cut.rank == 1
+    expected = Spatial(term.first, second, term.pivots).matrix(SHAPE)[[0, 2]]
+    np.testing.assert_allclose(cut.matrix(MatrixShape((2, 3), 4, 2)), expected, rtol=1e-6)
+
+
+def test_figures():
+    terms = [CASES[name][0] for name in ("columns", "low_rank gauge")]
+    assert figures(terms, SHAPE) == {"params": 27, "index_bits": 36, "kept_columns": 3, "rank": 2}
 
 
 def test_every_kind_is_covered():

@@ -55,7 +55,7 @@ def test_report_has_a_row_per_layer_and_its_figures_agree_with_the_network(digit
             module = module[int(key)] if key.isdigit() else getattr(module, key)
         assert isinstance(module, Factored)
         stored = sum(t.size for name, t in module.tensors().items() if np.issubdtype(t.dtype, np.floating))
-        assert stored - row.shape[0] == row.params  # bias apart
+        assert stored - (row.shape[0] - row.removed_channels) == row.params  # bias apart
         assert row.form in row.candidates
         assert row.candidates[row.form]["error"] == min(c["error"] for c in row.candidates.values())
         assert "admm" in row.candidates

@@ -26,10 +26,13 @@ def total_cost(cost: NetworkCost, name: str) -> float:
     return float(cost.macs) if name == "macs" else cost.params + cost.index_bits / 32
 
 
-def open_limits(run: "Run", budget: Budget, clock: Clock | None = None) -> dict[str, float]:
+def open_limits(
+    run: "Run", budget: Budget, clock: Clock | None = None, scale: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """What the layers of open size may cost together, by cost name, after all others have had their share.
 
-    Seconds are limited only where the clock of a sensitivity table is given.
+    Seconds are limited only where the clock of a sensitivity table is given. The fractions of the budget are multiplied
+    by `scale`.
 
     Raises:
         ValueError: the other layers alone exceed the budget.
@@ -44,7 +47,7 @@ def open_limits(run: "Run", budget: Budget, clock: Clock | None = None) -> dict[
         else:
             total = total_cost(run.cost, name)
             fixed = total - sum(_cost(run, site, name) * _saved(run.settings[site.path]) for site in run.capture.sites)
-        limits[name] = fraction * total - fixed
+        limits[name] = fraction * (scale or {}).get(name, 1.0) * total - fixed
         if limits[name] <= 0:
             raise ValueError(
                 f"budget: {name}={fraction:g}, but the layers that are kept or have budgets of their own already take "
@@ -84,9 +87,11 @@ def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
     return {s.path: replace(run.settings[s.path], fraction=float(f)) for s, f in zip(sites, fractions, strict=True)}
 
 
-def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:
-    """The sizes of least expected loss within all limits; under a limit of seconds, the forms too."""
-    sites, limits = _open_sites(run), open_limits(run, budget, table.clock)
+def assign_by_loss(
+    run: "Run", budget: Budget, table: Sensitivity, scale: Mapping[str, float] | None = None
+) -> tuple[dict[Path, Settings], Choice]:
+    """The sizes of least expected loss within all limits; where forms differ in more than their error, those too."""
+    sites, limits = _open_sites(run), open_limits(run, budget, table.clock, scale)
     menus = [next(m for m in table.menus if m.name == site.name) for site in sites]
     _check_reachable(run, sites, budget, limits, table)
     choice = choose(menus, limits)
@@ -97,7 +102,7 @@ def assign_by_loss(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict
             found[site.path] = replace(settings, dense=DENSE)
         else:
             fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
-            if "latency" in limits:
+            if settings.options.group == "channel":
                 settings = replace(settings, options=replace(settings.options, form=item.form))
             found[site.path] = replace(settings, fraction=fraction)
     return found, choice

@@ -66,6 +66,8 @@ def make_items(
 ) -> list[Item]:
     """The better of columns and low rank at each size of a grid, or both of them; dense included.
 
+    Whole channels stand alone unless both are wanted: what they save in other layers, low rank does not.
+
     Args:
         curves: of the layer.
         shape: likewise.
@@ -75,8 +77,9 @@ def make_items(
     """
     n, p = shape.n, shape.p
     sizes = np.maximum(_SIZES * n * p, least)
-    forms = [[item for v in sizes if (item := make(curves, v, n, p)) is not None] for make in (_columns, _rank)]
-    groups = forms if each_form else [[*forms[0], *forms[1]]]
+    makers = (_columns, _rank) if each_form or curves.group_size == 1 else (_columns,)
+    forms = [[item for v in sizes if (item := make(curves, v, n, p)) is not None] for make in makers]
+    groups = forms if each_form else [sum(forms, [])]
     items = [item for group in groups for item in _falling([item for item in group if item.error < 1])]
     scaled = [replace(item, macs=item.macs * positions) for item in items]
     dense = Item(form="dense", size=p, values=float(n * p), macs=float(n * p * positions), error=0.0)

@@ -1,7 +1,7 @@
 """Layers that are a sum of terms: drop-in replacements of `nnx.Conv` and `nnx.Linear`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from math import prod
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ class Factored(nnx.Module):
         terms: the summands' layers.
         bias: (n,) or None.
         geometry, execution, dtype: static.
+        removed: how many (input, output) channels the layer replaced had more; static.
     """
 
     dense: ClassVar[bool]
@@ -47,12 +48,14 @@ class Factored(nnx.Module):
         geometry: Geometry,
         execution: str = AUTO,
         dtype: DTypeLike | None = None,
+        removed: tuple[int, int] = (0, 0),
     ):
         """Sum layers that exist already; usually `from_terms`."""
         self.terms = nnx.List(terms)
         self.bias = nnx.data(bias)
         self.geometry = geometry
         self.dtype = None if dtype is None else jnp.dtype(dtype).name
+        self.removed = removed
         self.execution = self._resolve(execution)
 
     @classmethod
@@ -65,6 +68,7 @@ class Factored(nnx.Module):
         execution: str = AUTO,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = "float32",
+        removed: tuple[int, int] = (0, 0),
     ) -> "Factored":
         """The layer whose matrix is the sum of the terms' matrices. Terms without any value are left out.
 
@@ -77,6 +81,7 @@ class Factored(nnx.Module):
                 another question, which `choose_executions` answers by measurement.
             dtype: of the computation; None promotes.
             param_dtype: of the parameters: float32, bfloat16 or float16.
+            removed: how many (input, output) channels the layer replaced had more than the geometry.
 
         Raises:
             ValueError: terms or bias that do not fit the geometry, an execution this layer does not offer.
@@ -87,7 +92,8 @@ class Factored(nnx.Module):
         if bias is not None:
             check_shape("bias", np.asarray(bias), (geometry.c_out,))
         layers = [layer_class(t).from_term(t, geometry, dtype=param_dtype) for t in terms if t.num_params]
-        return cls(layers, None if bias is None else parameter(bias, param_dtype), geometry, execution, dtype)
+        own_bias = None if bias is None else parameter(bias, param_dtype)
+        return cls(layers, own_bias, geometry, execution, dtype, removed)
 
     def __call__(self, x: Num[Array, "*batch c_in"]) -> Float[Array, "*out n"]:
         """The layer applied to x, (*batch, *spatial, c_in), any number of batch axes, as `nnx.Conv` takes them."""
@@ -139,7 +145,13 @@ class Factored(nnx.Module):
         Raises:
             ValueError: a name that is neither "auto", "factored" nor in `executions()`.
         """
-        return type(self)(list(self.terms), self.bias, self.geometry, execution, self.dtype)
+        return type(self)(list(self.terms), self.bias, self.geometry, execution, self.dtype, self.removed)
+
+    @property
+    def replaces(self) -> Geometry:
+        """The geometry of the layer that this one stands for, with the channels removed since."""
+        c_in, c_out = self.geometry.c_in + self.removed[0], self.geometry.c_out + self.removed[1]
+        return replace(self.geometry, c_in=c_in, c_out=c_out)
 
     def _resolve(self, execution: str) -> str:
         """The full name that `execution` stands for; gives the terms their forms."""
@@ -165,6 +177,11 @@ class Factored(nnx.Module):
         forms = name.removeprefix(f"{FACTORED}:").split("+")
         return sum(t.macs(spatial, form) for t, form in zip(self.terms, forms, strict=True))
 
+    def factored_macs(self, spatial: Sequence[int]) -> int:
+        """Multiply-adds for one image in the factored form that has the fewest; of a dense term in the merged form."""
+        names = [name for name in self.executions() if name.startswith(FACTORED)]
+        return min((self.macs(spatial, name) for name in names), default=self.macs(spatial))
+
     def macs_per_position(self, execution: str | None = None) -> float:
         """Multiply-adds per output position of a large image."""
         name = execution or self.execution
@@ -181,6 +198,8 @@ class Factored(nnx.Module):
         parameters = self._parameters()
         param_dtype = parameters[0].dtype.name if parameters else "float32"
         fixed = {"execution": self.execution, "dtype": self.dtype, "param_dtype": param_dtype}
+        if any(self.removed):
+            fixed["removed"] = self.removed
         return {"geometry": asdict(self.geometry), "terms": terms, **fixed}
 
     def tensors(self) -> dict[str, Shaped[Array, "..."]]:
@@ -208,7 +227,9 @@ class Factored(nnx.Module):
             raise ValueError(f"tensors={sorted(left)}: do not belong to a layer with terms {spec['terms']}")
         if bias is not None:
             check_shape("bias", bias, (geometry.c_out,))
-        return cls(terms, None if bias is None else parameter(bias, dtype), geometry, spec["execution"], spec["dtype"])
+        c_in, c_out = spec.get("removed", (0, 0))
+        own_bias = None if bias is None else parameter(bias, dtype)
+        return cls(terms, own_bias, geometry, spec["execution"], spec["dtype"], (int(c_in), int(c_out)))
 
 
 class FactoredConv(Factored):
