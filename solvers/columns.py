@@ -23,6 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from solvers.pivots import no_pivots, pivot, swept
 
+_LARGE = 2048  # columns; a step passes over a p x p matrix, so beyond this whole groups go several at a time
+_GROUPS_AT_ONCE = 8
+
 MAX_SWAPS = 200
 PANEL = 32  # eliminations gathered into one matrix product: speed only
 
@@ -272,20 +275,21 @@ def _group_steps(gram: Array, w: Array, members: Array, remove: Array) -> Array:
     gram, w = unit_diagonal(gram, w)
     eye = jnp.eye(size, dtype=gram.dtype)
 
-    def body(s: tuple) -> tuple:
+    def body(s: tuple, at_once: int) -> tuple:
         inverse, rows, when, num = s
         here = when == groups
         blocks = jnp.where(here[:, None, None], inverse[members[:, :, None], members[:, None, :]], eye[None])
         half = solve_triangular(jnp.linalg.cholesky(blocks), rows.T[members], lower=True)
-        gone = jnp.argmin(jnp.where(here, jnp.sum(half * half, axis=(1, 2)), jnp.inf))
-        columns = members[gone]
-        strip = cho_solve((jnp.linalg.cholesky(blocks[gone]), True), inverse[columns])
+        gone = lax.top_k(jnp.where(here, -jnp.sum(half * half, axis=(1, 2)), -jnp.inf), at_once)[1]
+        columns = members[gone].reshape(-1)
+        strip = cho_solve((jnp.linalg.cholesky(inverse[columns[:, None], columns[None, :]]), True), inverse[columns])
         rows, inverse = rows - rows[:, columns] @ strip, inverse - inverse[:, columns] @ strip
-        return inverse, rows, when.at[gone].set(num), num + 1
+        return inverse, rows, when.at[gone].set(num + jnp.arange(at_once, dtype=num.dtype)), num + at_once
 
-    inverse = _inverse(gram)
-    start = (inverse, w, jnp.full(groups, groups, remove.dtype), jnp.zeros((), remove.dtype))
-    return lax.while_loop(lambda s: s[3] < remove, body, start)[2]
+    state = (_inverse(gram), w, jnp.full(groups, groups, remove.dtype), jnp.zeros((), remove.dtype))
+    for at_once in sorted({_GROUPS_AT_ONCE if w.shape[1] > _LARGE else 1, 1}, reverse=True):
+        state = lax.while_loop(lambda s, k=at_once: s[3] + k <= remove, partial(body, at_once=at_once), state)
+    return state[2]
 
 
 def group_order(gram: Float[Array, "p p"], w: Float[Array, "n p"], group: Int[np.ndarray, " p"]) -> Int[Array, " p"]:

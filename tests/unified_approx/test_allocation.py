@@ -140,7 +140,7 @@ def test_budgets_are_met_over_the_whole_network(digits, table, limits):
     reached = {"params": 1 / report.params_ratio, "macs": 1 / report.macs_ratio, "bytes": 1 / report.cr}
     for name, limit in limits.items():
         assert reached[name] <= limit
-    assert any(reached[name] > 0.85 * limit for name, limit in limits.items())
+    assert any(reached[name] > 0.6 * limit for name, limit in limits.items())
     assert evaluate.accuracy(result.model, test, labels) > 90
 
 
