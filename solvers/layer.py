@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from solvers.admm_form import admm_candidate, penalized_candidate
+from solvers.admm_form import FRACTIONS, admm_candidate, penalized_candidate
 from solvers.admm_state import AdmmOptions
 from solvers.forms import FORMS, Candidate, Context
 from solvers.gram import GramStatistics, best_bias, linear_error
@@ -45,6 +45,8 @@ class LayerOptions:
         admm: options of the ADMM.
         admm_rows_per_feature: how many of the rows the ADMM's path of penalties sees, None for all: the support
             settles on few, and a path takes hundreds of passes.
+        admm_fractions: the path of penalties, as decreasing fractions of both maxima, that a budget is looked for on;
+            each costs a solve.
         float64_up_to: largest p for which selection runs in float64.
     """
 
@@ -56,6 +58,7 @@ class LayerOptions:
     refine_within: float = 1.25
     admm: AdmmOptions = AdmmOptions(max_steps=40, check_every=5, rtol=2e-3)
     admm_rows_per_feature: int | None = 8
+    admm_fractions: tuple[float, ...] = FRACTIONS
     float64_up_to: int = 1536
 
     def __post_init__(self) -> None:
@@ -64,6 +67,9 @@ class LayerOptions:
             raise ValueError(f"form: {self.form!r} is unknown; choose best or one of {', '.join(FORM_NAMES)}")
         if self.group not in ("column", "channel"):
             raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
+        fractions = self.admm_fractions
+        if not fractions or min(fractions) <= 0 or list(fractions) != sorted(fractions, reverse=True):
+            raise ValueError(f"admm_fractions: {fractions} are not decreasing positive fractions, at least one")
 
     def wanted(self) -> tuple[str, ...]:
         """Names of the forms to try."""
@@ -241,7 +247,8 @@ def _propose(solver: _Solver, budget: float) -> dict[str, Candidate]:
 
     def propose(name: str) -> Candidate | None:
         if name == "admm":
-            return admm_candidate(context, solver.options.admm, solver.options.admm_rows_per_feature)
+            options = solver.options
+            return admm_candidate(context, options.admm, options.admm_rows_per_feature, options.admm_fractions)
         with jax.enable_x64(solver.wide):  # a setting of the thread
             return FORMS[name](context)
 
