@@ -11,8 +11,8 @@ def ceil_max_pool(x: Float[Array, "b h w c"], window: int, stride: int, padding:
     A window that would start in the padding to the right of the image is left out, as PyTorch does. An image smaller
     than the window, which PyTorch refuses, gives one pixel.
     """
-    pads = tuple(_ceil_padding(size, window, stride, padding) for size in x.shape[1:3])
-    return nnx.max_pool(x, (window, window), (stride, stride), pads)
+    pads = [_ceil_padding(size, window, stride, padding) for size in x.shape[1:3]]
+    return nnx.max_pool(x, (window, window), (stride, stride), pads)  # pyright: ignore[reportArgumentType]
 
 
 def _ceil_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
