@@ -19,6 +19,7 @@ import multiprocessing
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,7 @@ SMOKE = LayerOptions(
     admm=AdmmOptions(max_steps=20, check_every=5, rtol=2e-3),
     admm_fractions=(0.1,),
 )
+REAL = LayerOptions(admm=SMOKE.admm, admm_fractions=(0.2, 0.1, 0.05))
 QUICK: dict[str, Any] = {
     "budget": "macs=0.85",
     "calibration": 16,
@@ -127,21 +129,24 @@ def load(settings: Settings) -> tuple[nnx.Module, np.ndarray, ImageFolder | None
 
 
 class Watch:
-    """Progress callback that notes the largest resident memory while each layer is solved, where Linux tells."""
+    """Progress callback that notes the largest resident memory while each layer is solved, where Linux tells.
 
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
+    What it noted stays beside the solved layers, for a run that goes on after it was killed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.peaks: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
 
     def __call__(self, event: ProgressEvent) -> None:
-        """Print the layer, reset or note the peak."""
+        """Print the layer and reset the peak; note the peak."""
         if event.row is None:
             print(f"{event.index + 1}/{event.total} {event.name} {event.shape}", flush=True)
-            try:
+            with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                return
-        else:
+        elif event.name not in self.peaks:
             self.peaks[event.name] = peak_rss_mb()
+            self._file.write_text(json.dumps(self.peaks))
 
 
 def layer_rows(result: ua.Result, peaks: dict[str, int], times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -178,11 +183,12 @@ def fill_command(settings: Settings) -> str:
 def one_network(settings: Settings) -> dict[str, Any]:
     """One row of the table."""
     model, raw, test, origin = load(settings)
-    x, watch = zoo.entry(settings.network).normalization(None)(raw), Watch()
+    x = zoo.entry(settings.network).normalization(None)(raw)
+    settings.work.parent.mkdir(parents=True, exist_ok=True)
+    watch = Watch(settings.work.with_name(f"{settings.work.name}-memory.json"))
     rules = [*(ua.Rule(path=pattern, keep=True) for pattern in settings.keep)]
     if settings.network == "alexnet":
         rules.append(LARGE_DENSE)
-    clock = time.perf_counter()
     with compact():
         result = ua.compress(
             model,
@@ -197,7 +203,6 @@ def one_network(settings: Settings) -> dict[str, Any]:
             work_dir=settings.work,
             progress=watch,
         )
-    seconds = time.perf_counter() - clock
     result = comparison.with_fastest_executions(result, x, rounds=settings.rounds)
     per_layer = comparison.layer_latencies(model, result.model, x, settings.rounds)
     times = comparison.latencies(model, result.model, x, settings.rounds)
@@ -223,7 +228,7 @@ def one_network(settings: Settings) -> dict[str, Any]:
         weights="initial" if settings.weights is None else settings.weights.name,
         test_images=None if test is None else len(test),
         input_side=settings.side,
-        solve_seconds=seconds,
+        solve_seconds=sum(layer.seconds for layer in result.report.layers),
         solve_peak_rss_mb=max(watch.peaks.values(), default=peak_rss_mb()),
         warnings=list(result.report.warnings),
         latencies=times,
@@ -268,7 +273,7 @@ def main(
             "allocation": allocation or ("kl" if real else "uniform"),
             "calibration": calibration or (1000 if real else 128),
             "rows": None if real else 8192,
-            "options": LayerOptions() if real else SMOKE,
+            "options": REAL if real else SMOKE,
             "rounds": 10,
             "seed": seed,
             "images": images,
