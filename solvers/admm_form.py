@@ -22,7 +22,7 @@ from solvers.prox import COLUMNS, Grouping, channels
 from solvers.reconstruction import LayerProblem
 
 _penalties = jax.jit(penalized_fractions, static_argnums=3)
-FRACTIONS = np.geomspace(0.5, 0.01, 9)  # of both maxima: from nothing kept to nearly everything
+FRACTIONS = tuple(float(f) for f in np.geomspace(0.5, 0.01, 9))  # of both maxima: from nothing to nearly everything
 
 
 def _grouping(context: Context) -> Grouping:
@@ -87,14 +87,19 @@ def _norms(solution: AdmmSolution, grouping: Grouping) -> np.ndarray:
     return np.asarray(jnp.where(inside > 0, inside + jnp.max(whole), whole))
 
 
-def admm_candidate(context: Context, options: AdmmOptions, rows_per_feature: int | None = 8) -> Candidate | None:
+def admm_candidate(
+    context: Context,
+    options: AdmmOptions,
+    rows_per_feature: int | None = 8,
+    fractions: tuple[float, ...] = FRACTIONS,
+) -> Candidate | None:
     """Support and rank of the paper's penalised problem for a budget; None if not one column fits."""
     grouping = _grouping(context)
     members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
     problem = _fewer_rows(_solvable(context.problem, options), rows_per_feature)
-    fractions = jnp.asarray(FRACTIONS, problem.x.dtype)
+    values = jnp.asarray(fractions, problem.x.dtype)
     over_budget = Partial(_over_budget, *_budget_terms(context, members))
-    solutions = path(problem, _penalties(problem, fractions, fractions, grouping), options=options, until=over_budget)
+    solutions = path(problem, _penalties(problem, values, values, grouping), options=options, until=over_budget)
     kept = np.asarray(jnp.sum(solutions.kept, axis=-1)) * members
     ranks = np.asarray(solutions.rank)
     fine = np.asarray(solutions.status) != Status.DIVERGED

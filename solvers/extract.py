@@ -18,6 +18,7 @@ from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, Term
 
 GAUGE_TOLERANCE = 3e-6  # relative float32 error above which the gauge form is given up
 STRUCTURE_TOLERANCE = 1e-3  # relative distance from the structure above which the input must be wrong
+_SKETCH_FROM = 1024  # smaller side from which a full SVD takes long
 RANK_TOLERANCE = 1e-7  # singular values below this fraction of the largest are float32 noise
 
 
@@ -142,6 +143,24 @@ def _require_structure(matrix: Float64[np.ndarray, "n p"], terms: list[Term], sh
         )
 
 
+def _leading_svd(
+    tail: Float64[np.ndarray, "n k"], rank: int
+) -> tuple[Float64[np.ndarray, "n q"], Float64[np.ndarray, " q"], Float64[np.ndarray, "q k"]]:
+    """At least the `rank` leading singular triples of a matrix that has hardly more.
+
+    Large matrices go through a random range of a few more dimensions with one power iteration (Halko, Martinsson and
+    Tropp 2011, algorithm 5.1), which is exact for a matrix of that rank.
+    """
+    wanted = rank + 16
+    if min(tail.shape) < _SKETCH_FROM or 2 * wanted > min(tail.shape):
+        return np.linalg.svd(tail, full_matrices=False)
+    random = np.random.default_rng(0).standard_normal((tail.shape[1], wanted))
+    basis = np.linalg.qr(tail @ random)[0]
+    basis = np.linalg.qr(tail @ (tail.T @ basis))[0]
+    u, s, v = np.linalg.svd(basis.T @ tail, full_matrices=False)
+    return basis @ u, s, v
+
+
 def _factor(
     tail: Float64[np.ndarray, "n k"], rank: int
 ) -> tuple[Float64[np.ndarray, "n r"], Float64[np.ndarray, "r k"]] | None:
@@ -150,7 +169,7 @@ def _factor(
         raise ValueError(f"rank={rank}: must be 0 or more")
     if not rank or not tail.size or not tail.any():
         return None
-    u, s, v = np.linalg.svd(tail, full_matrices=False)
+    u, s, v = _leading_svd(tail, rank)
     r = min(rank, int(np.sum(s > RANK_TOLERANCE * s[0])))
     root = np.sqrt(s[:r])
     return u[:, :r] * root[None, :], root[:, None] * v[:r]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from solvers.admm_form import admm_candidate, penalized_candidate
+from solvers.admm_form import FRACTIONS, admm_candidate, penalized_candidate
 from solvers.admm_state import AdmmOptions
 from solvers.forms import FORMS, Candidate, Context
 from solvers.gram import GramStatistics, best_bias, linear_error
@@ -45,6 +45,8 @@ class LayerOptions:
         admm: options of the ADMM.
         admm_rows_per_feature: how many of the rows the ADMM's path of penalties sees, None for all: the support
             settles on few, and a path takes hundreds of passes.
+        admm_fractions: the path of penalties, as decreasing fractions of both maxima, that a budget is looked for on;
+            each costs a solve.
         float64_up_to: largest p for which selection runs in float64.
         round_to: numbers of kept columns (or channels, with group="channel") and ranks are rounded down to multiples of
             it, for machines that like some sizes. Where less than one multiple fits, sizes stay as they are.
@@ -58,6 +60,7 @@ class LayerOptions:
     refine_within: float = 1.25
     admm: AdmmOptions = AdmmOptions(max_steps=40, check_every=5, rtol=2e-3)
     admm_rows_per_feature: int | None = 8
+    admm_fractions: tuple[float, ...] = FRACTIONS
     float64_up_to: int = 1536
     round_to: int = 1
 
@@ -69,6 +72,9 @@ class LayerOptions:
             raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
         if self.round_to < 1:
             raise ValueError(f"round_to: {self.round_to!r} is not a whole number from 1 on; 8 suits many machines")
+        fractions = self.admm_fractions
+        if not fractions or min(fractions) <= 0 or list(fractions) != sorted(fractions, reverse=True):
+            raise ValueError(f"admm_fractions: {fractions} are not decreasing positive fractions, at least one")
 
     def wanted(self) -> tuple[str, ...]:
         """Names of the forms to try."""
@@ -247,7 +253,8 @@ def _propose(solver: _Solver, budget: float) -> dict[str, Candidate]:
 
     def propose(name: str) -> Candidate | None:
         if name == "admm":
-            return admm_candidate(context, solver.options.admm, solver.options.admm_rows_per_feature)
+            options = solver.options
+            return admm_candidate(context, options.admm, options.admm_rows_per_feature, options.admm_fractions)
         with jax.enable_x64(solver.wide):  # a setting of the thread
             return FORMS[name](context)
 

@@ -5,7 +5,7 @@ The ridge draws towards the layer's original matrix where that is known: what th
 
 from itertools import accumulate, repeat
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,64 @@ def _held_out_error(stats: GramStatistics, w: Array, held_out: GramStatistics) -
     kept = jnp.zeros(p, bool).at[jnp.argsort(-energy)[: max(1, p // 2)]].set(True)
     m = fit(column_structure(stats.gram, kept, jnp.zeros(p, bool), 0), stats.cross)
     return linear_error(held_out, m.astype(held_out.gram.dtype))
+
+
+class _Rows(NamedTuple):
+    """Centred rows and linear targets, outputs scaled by sqrt(weights)."""
+
+    x: Float[Array, "d p"]
+    target: Float[Array, "d n"]
+
+
+def _rows(problem: LayerProblem, stats: GramStatistics, dtype: Any) -> _Rows:
+    target = problem.y if problem.response is None else problem.response
+    if problem.offset is not None:
+        target = target - problem.offset
+    if problem.weights is not None:
+        target = target * jnp.sqrt(problem.weights)[None, :]
+    x = jnp.asarray(problem.x, dtype) - stats.x_mean.astype(dtype)[None, :]
+    return _Rows(x, jnp.asarray(target, dtype) - stats.target_mean.astype(dtype)[None, :])
+
+
+@jax.jit
+def _held_out_errors_by_rows(
+    rows: _Rows, other: _Rows, shifts: Float[Array, " ridges"], original: Float[Array, "n p"]
+) -> Float[Array, " ridges"]:
+    """`_held_out_error` for every ridge (absolute) from d x d matrices alone.
+
+    With w0 the matrix drawn to and K = x x', the minimiser of mean ||T - m x||^2 + shift ||m - w0||^2 is
+    w0 + (T - x w0')' (K + d shift I)^-1 x; likewise on the kept columns.
+    """
+    d, p = rows.x.shape
+
+    def pull(x: Array, shift: Array) -> Array:
+        kernel = x @ x.T + d * shift * jnp.eye(d, dtype=x.dtype)
+        return jnp.linalg.solve(kernel, rows.target - x @ original.T)
+
+    def error(shift: Array) -> Array:
+        w = original + pull(rows.x, shift).T @ rows.x
+        energy = jnp.sum(w * w, axis=0) * (jnp.mean(rows.x * rows.x, axis=0) + shift)
+        kept = jnp.zeros(p, bool).at[jnp.argsort(-energy)[: max(1, p // 2)]].set(True)
+        x, held = (jnp.where(kept[None, :], values, 0) for values in (rows.x, other.x))
+        gap = other.target - held @ original.T - (held @ x.T) @ pull(x, shift)
+        total = jnp.sum(other.target * other.target)
+        return jnp.sum(gap * gap) / jnp.where(total > 0, total, jnp.ones_like(total))
+
+    return jax.lax.map(error, shifts)
+
+
+def _ridge_by_rows(
+    raw: GramStatistics, rows: _Rows, other: _Rows, ridge: float, original: Float[Array, "n p"] | None
+) -> float:
+    """The ridge in {ridge, 10 ridge, ..., 10} of least held-out error, for far fewer rows than features."""
+    trials = [ridge]
+    while trials[-1] * _FACTOR <= _LARGEST:
+        trials.append(trials[-1] * _FACTOR)
+    level = jnp.trace(raw.gram) / raw.gram.shape[0]
+    shifts = jnp.where(level > 0, level, jnp.ones_like(level)) * jnp.asarray(trials, raw.gram.dtype)
+    towards = jnp.zeros_like(raw.cross) if original is None else original.astype(raw.cross.dtype)
+    errors = np.asarray(_held_out_errors_by_rows(rows, other, shifts, towards))
+    return trials[int(np.nanargmin(errors))] if np.isfinite(errors).any() else trials[-1]
 
 
 def regularize(
@@ -103,6 +161,7 @@ def selection_statistics(
         original: the layer's own matrix, which the ridge draws towards.
     """
     rows, p = problem.x.shape
+    few = 2 * rows <= p
     wide = p <= float64_up_to
     dtype = jnp.float64 if wide else jnp.float32
     raw, held = gram_statistics(problem), gram_statistics(held_out)
@@ -110,4 +169,7 @@ def selection_statistics(
         if original is not None and problem.weights is not None:
             original = original * jnp.sqrt(problem.weights)[:, None]
         own, other = (jax.tree.map(lambda a: jnp.asarray(a, dtype), s) for s in (raw, held))
+        if few:  # each trial of `regularize` costs p^3
+            ridge = _ridge_by_rows(own, _rows(problem, own, dtype), _rows(held_out, other, dtype), ridge, original)
+            rows = SCARCE * p
         return SelectionStatistics(raw, held, *regularize(own, other, rows, ridge, original), wide)

@@ -5,16 +5,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float32, Int
 from rich.table import Table
 
-from unified_approx.cost import choose_executions, fastest_dense, measure_latency
+from unified_approx.assemble import get
+from unified_approx.cost import choose_executions, fastest_dense, layer_calls, measure_latency
 from unified_approx.evaluate import accuracy
+from unified_approx.macs import factored_layers
 from unified_approx.pipeline import Result
 from unified_approx.results import network_row
+from unified_approx.sites import path_name
 from unified_approx.storage import save
 
 BATCH = 64  # of the quoted speed-up, and what execution forms are chosen for
@@ -52,6 +56,51 @@ def latencies(
         seconds = measure_latency({"original": dense, "compressed": compressed}, batch, rounds=rounds)
         found |= {f"{name}_ms{suffix}": 1e3 * value for name, value in seconds.items()}
     return found
+
+
+def layer_latencies(
+    original: nnx.Module,
+    compressed: nnx.Module,
+    x: Float32[np.ndarray, "n ..."],
+    rounds: int = 10,
+    batch_size: int = BATCH,
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of every factored layer by itself beside the original layer in its faster dense form, interleaved.
+
+    Each layer runs on random inputs of the shape that it sees; the batch norm that a factored layer has taken over is
+    not counted for the original. Layers of equal structure are measured once.
+
+    Args:
+        original: network.
+        compressed: the same with factored layers, their executions chosen.
+        x: images.
+        rounds: runs of each.
+        batch_size: images at a time.
+
+    Returns:
+        By layer name `original_ms`, `compressed_ms` and their ratio `speedup`, for all calls in one forward pass.
+    """
+    batch = _batch(x, batch_size)
+    dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
+    calls, known, found = layer_calls(compressed, batch), {}, {}
+    for path, layer in factored_layers(compressed).items():
+        pair = {"original": get(dense, path), "compressed": layer}
+        total = dict.fromkeys(pair, 0.0)
+        for call in calls.get(path, ()):
+            key = (call.input_shape, *(_structure(module) for module in pair.values()))
+            if key not in known:
+                values = np.random.default_rng(0).standard_normal(call.input_shape)
+                known[key] = measure_latency(pair, jnp.asarray(values, call.input_dtype), rounds=rounds)
+            total = {name: total[name] + 1e3 * known[key][name] for name in pair}
+        times = {f"{name}_ms": value for name, value in total.items()}
+        if total["compressed"]:
+            found[path_name(path)] = {**times, "speedup": total["original"] / total["compressed"]}
+    return found
+
+
+def _structure(module: nnx.Module) -> tuple[Any, ...]:
+    graphdef, state = nnx.split(module)
+    return graphdef, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(state))
 
 
 def file_sizes(original: nnx.Module, result: Result, out: Path | None) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a network answers, how often it is right, and how far two networks agree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -118,6 +118,31 @@ def accuracy(
             "wrong data set, or labels that do not start at 0"
         )
     return 100.0 * float(np.mean(np.argmax(_logits(run, x, size), axis=1) == labels))
+
+
+def accuracy_of_batches(
+    model: nnx.Module,
+    batches: Iterable[tuple[Shaped[AnyArray, "..."], Shaped[AnyArray, "..."]]],
+    *,
+    call: Call = forward,
+) -> float:
+    """`accuracy` over batches (inputs, labels) that are made one at a time, for data that does not fit into memory.
+
+    Args:
+        model: as in `predict`.
+        batches: best all of one size: each size compiles once.
+        call: as in `predict`.
+
+    Raises:
+        ValueError: as in `accuracy`; no batches.
+    """
+    count, correct = 0, 0.0
+    for x, y in batches:
+        correct += accuracy(model, x, y, len(x) or 1, call=call) * len(x)
+        count += len(x)
+    if not count:
+        raise ValueError("batches: there are none; give at least one")
+    return correct / count
 
 
 def agreement(reference: Float[AnyArray, "..."], logits: Float[AnyArray, "..."]) -> dict[str, float]:

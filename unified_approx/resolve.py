@@ -119,6 +119,11 @@ def load_images(network: str, data: Path | None, dataset: str | None) -> Images:
     entry = zoo.entry(network)
     if dataset not in (None, entry.dataset):
         raise ValueError(f"--dataset: {network} is for {entry.dataset}, not {dataset!r}; leave --dataset out")
+    if entry.dataset not in datasets.names():
+        raise ValueError(
+            f"NETWORK: {network} is for {entry.dataset}, which does not fit into memory at once; compress it from "
+            "Python, with images from unified_approx.image_folder.open_folder"
+        )
     found = datasets.load(entry.dataset, data)
     x_train, x_test = (entry.preprocess(x, found) for x in (found.x_train, found.x_test))
     return Images(x_train, x_test, found.y_test)

@@ -68,7 +68,7 @@ def network_row(
     method: str,
     budget: str,
     reference_accuracy: Number | None,
-    accuracy: Number,
+    accuracy: Number | None,
     params_ratio: Number | None,
     cr: Number | None,
     macs_ratio: Number | None,
@@ -89,7 +89,7 @@ def network_row(
         method: "admm", "lc", "fast_lc", "musco" or "deep_compression".
         budget: what was asked for, as text: `params=0.5`.
         reference_accuracy: of the original, in percent, on the same images in the same run; None if it did not run.
-        accuracy: of the compressed network, in percent; the mean over the seeds.
+        accuracy: of the compressed network, in percent; the mean over the seeds; None where there are no labels.
         params_ratio: stored values.
         cr: stored bits, indices included; the original has its batch norms folded and is float32.
         macs_ratio: multiply-adds.
@@ -114,7 +114,7 @@ def network_row(
         "finetune_epochs": finetune_epochs,
         "reference_accuracy": reference_accuracy,
         "accuracy": accuracy,
-        "drop": max(references) - accuracy if references else None,
+        "drop": max(references) - accuracy if references and accuracy is not None else None,
         "std": std,
         "seeds": seeds,
         "params_ratio": params_ratio,

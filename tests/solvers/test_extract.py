@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from solvers import extract
 from solvers.extract import extract_dense, extract_spatial, extract_two_level
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial
 
@@ -62,6 +63,27 @@ def test_the_best_low_rank_part_is_kept_when_noise_is_added():
     noisy = m + 1e-5 * np.random.default_rng(1).normal(size=m.shape) * (free | tail)[None, :]
     terms = extract_two_level(noisy, free, tail, 3, gauge=True)
     assert distance(total(terms, SHAPE), noisy) < 1e-4
+
+
+def test_large_matrices_are_factored_through_their_range(monkeypatch):
+    rng = np.random.default_rng(0)
+    m = rng.normal(size=(60, 3)) @ rng.normal(size=(3, 70)) + 1e-7 * rng.normal(size=(60, 70))
+    everywhere, nowhere = np.ones(70, bool), np.zeros(70, bool)
+    full = extract_two_level(m, nowhere, everywhere, 3, gauge=False)
+    monkeypatch.setattr(extract, "_SKETCH_FROM", 50)
+    monkeypatch.setattr(np.linalg, "svd", _small_only(np.linalg.svd))
+    sketched = extract_two_level(m, nowhere, everywhere, 3, gauge=False)
+    shape = MatrixShape((), 70, 60)
+    assert sketched[0].rank == 3
+    assert distance(total(sketched, shape), total(full, shape)) < 1e-6
+
+
+def _small_only(svd):
+    def checked(a, **options):
+        assert min(a.shape) <= 3 + 16
+        return svd(a, **options)
+
+    return checked
 
 
 def test_a_rank_that_is_not_there_is_not_stored():

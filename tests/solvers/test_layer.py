@@ -200,7 +200,18 @@ def test_rows_of_another_layer():
         solve(rows, rows, MatrixShape((3, 3), 5, 16), budget=BUDGET)
 
 
-@pytest.mark.parametrize("options", [{"form": "wavelets"}, {"form": ()}, {"group": "row"}, {"round_to": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"form": "wavelets"},
+        {"form": ()},
+        {"group": "row"},
+        {"round_to": 0},
+        {"admm_fractions": ()},
+        {"admm_fractions": (0.1, 0.2)},
+        {"admm_fractions": (0.1, 0.0)},
+    ],
+)
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LayerOptions(**options)

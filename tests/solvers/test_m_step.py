@@ -75,7 +75,7 @@ def exact_minimiser(problem, target, t):
 
 
 @pytest.mark.parametrize("m_step", [MajorizeMinimize(), ExactLinear()], ids=["mm", "exact"])
-@pytest.mark.parametrize(("d", "extras"), [(D, True), (5, False)])
+@pytest.mark.parametrize(("d", "extras"), [(D, True), (5, False), (4, True), (3, False)])
 def test_without_activation_one_step_is_exact(m_step, extras, d):
     problem, w = layer(IDENTITY, d=d, extras=extras)
     target, t = 0.5 * w, jnp.asarray(0.03)

@@ -75,6 +75,10 @@ def test_accuracy_counts(model, x):
     wrong = answers.copy()
     wrong[:5] = (wrong[:5] + 1) % 3
     assert evaluate.accuracy(model, x, jnp.asarray(wrong), 10) == pytest.approx(100 * 18 / 23)
+    batches = ((x[i : i + 10], wrong[i : i + 10]) for i in range(0, 23, 10))
+    assert evaluate.accuracy_of_batches(model, batches) == pytest.approx(100 * 18 / 23)
+    with pytest.raises(ValueError, match="batches: there are none"):
+        evaluate.accuracy_of_batches(model, [])
 
 
 @pytest.mark.parametrize(

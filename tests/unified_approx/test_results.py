@@ -28,6 +28,7 @@ def test_a_row_has_the_fields_of_the_schema_and_the_drop_is_against_the_better_r
     assert trained["drop"] == pytest.approx(1.6)
     assert row(reference_finetuned_accuracy=91.0)["drop"] == pytest.approx(1.3)
     assert row(reference_accuracy=None)["drop"] is None
+    assert row(accuracy=None)["drop"] is None
 
 
 def test_row_of_a_saved_network():

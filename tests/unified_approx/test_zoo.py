@@ -23,6 +23,8 @@ PARAMETERS = {
     "nin": 966_986,
     "lenet300": 266_610,
     "lenet5": 431_080,
+    "alexnet": 61_100_840,
+    "googlenet": 6_624_904,
     "digits": 65_994,
 }
 
@@ -53,7 +55,7 @@ def test_names_and_unknown_name():
 def test_every_network_has_its_size_and_gives_logits(name):
     entry, model = zoo.entry(name), abstract(name)
     assert sum(v.size for v in weights(model)) == PARAMETERS[name]
-    assert entry.dataset in datasets.names()
+    assert entry.dataset in (*datasets.names(), "imagenet")
     if name in ("resnet32", "resnet44", "resnet56"):
         return  # the same code as resnet20
     x = jax.ShapeDtypeStruct((2, *entry.input_shape), jnp.float32)

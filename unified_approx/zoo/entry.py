@@ -1,6 +1,6 @@
 """What the zoo knows of a network besides its class: input, classes, normalization, names of published weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float32, Shaped
 
 from unified_approx.datasets import Dataset
-from unified_approx.zoo.torch_layout import Names, dotted
+from unified_approx.zoo.torch_layout import Flatten, Names, dotted
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,12 @@ class ZooEntry:
         make: `make(**options)` builds the network; cheap under `nnx.eval_shape`, slow when run eagerly.
         input_shape: (h, w, c) of one input.
         num_classes: outputs.
-        dataset: name of the data set the network is for, see `unified_approx.datasets`.
+        dataset: name of the data set the network is for, see `unified_approx.datasets`; "imagenet" is a folder of
+            images, see `unified_approx.image_folder`.
         normalization: the network's normalization, given the data set (None where it is not needed).
         torch_names: module paths -> names in the published weights, see `load_torch_layout`.
         flatten: dense layers after a flattened feature map, see `load_torch_layout`.
+        ignored: what published weights hold besides, see `load_torch_layout`.
         weights: weights that come with the package, None if there are none.
     """
 
@@ -65,7 +67,8 @@ class ZooEntry:
     dataset: str
     normalization: Callable[[Dataset | None], Normalization]
     torch_names: Names = dotted
-    flatten: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    flatten: Flatten = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     weights: Path | None = None
 
     def preprocess(

@@ -6,12 +6,15 @@ from typing import Any
 
 from flax import nnx
 
-from unified_approx.zoo import digits, lenet, nin, resnet, vgg
+from unified_approx.zoo import alexnet, digits, googlenet, lenet, nin, resnet, vgg
 from unified_approx.zoo.entry import ZooEntry, channel_normalization
 from unified_approx.zoo.initialise import he_normal
 from unified_approx.zoo.torch_layout import load_torch_layout, read_safetensors
 
 _IMAGENET = channel_normalization(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # the published ResNets'
+_HALF = channel_normalization(
+    255.0, (0.5,) * 3, (0.5,) * 3
+)  # torchvision's `transform_input`, of its GoogLeNet weights
 _CIFAR = channel_normalization(255.0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
@@ -26,6 +29,10 @@ def _resnet(blocks_per_stage: int) -> ZooEntry:
         normalization=_IMAGENET,
         torch_names=resnet.torch_names(blocks_per_stage),
     )
+
+
+def _imagenet(name: str, **fields: Any) -> ZooEntry:
+    return ZooEntry(name=name, input_shape=(224, 224, 3), num_classes=1000, dataset="imagenet", **fields)
 
 
 def _mnist(name: str, **fields: Any) -> ZooEntry:
@@ -44,6 +51,20 @@ _ENTRIES = {
         _cifar("nin", make=nin.make_nin, normalization=_CIFAR),
         _mnist("lenet300", make=lenet.make_lenet300, torch_names=lenet.LENET300_NAMES),
         _mnist("lenet5", make=lenet.make_lenet5, flatten={"fc1": (4, 4, 50)}),
+        _imagenet(
+            "alexnet",
+            make=alexnet.make_alexnet,
+            normalization=_IMAGENET,
+            torch_names=alexnet.TORCH_NAMES,
+            flatten=alexnet.FLATTEN,
+        ),
+        _imagenet(
+            "googlenet",
+            make=googlenet.make_googlenet,
+            normalization=_HALF,
+            torch_names=googlenet.torch_names,
+            ignored=googlenet.AUXILIARY,
+        ),
         ZooEntry(
             name="digits",
             make=digits.make_digits,
@@ -86,7 +107,8 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nnx.Module:
     Args:
         name: one of `names()`.
         seed: of the weights.
-        **options: `activation` ("tanh" or "relu") of lenet300, `batch_norm` of digits.
+        **options: `activation` ("tanh" or "relu") of lenet300; `batch_norm` of digits; `num_classes`, `width` (a factor
+            on the channels) and `dropout` of alexnet and googlenet.
 
     Raises:
         ValueError: unknown name or option, negative seed.
@@ -117,7 +139,7 @@ def load(name: str, path: str | Path | None = None, **options: Any) -> nnx.Modul
     model = nnx.eval_shape(lambda: row.make(**options))
     tensors = read_safetensors(path)
     try:
-        load_torch_layout(model, tensors, row.torch_names, row.flatten)
+        load_torch_layout(model, tensors, row.torch_names, row.flatten, row.ignored)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {name}: {error}") from error
     model.eval()

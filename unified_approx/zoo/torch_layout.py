@@ -9,7 +9,6 @@ seen from the weights: name such layers in `flatten`.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 Names = Mapping[str, str] | Callable[[str], str]
-Flatten = Mapping[str, tuple[int, int, int]]
+Flatten = Mapping[str, tuple[int, int, int | None]]
 
 _COUNTER = "num_batches_tracked"  # PyTorch's batch norm stores it; it is not a weight
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -100,13 +99,21 @@ def _leaf(owner: Any, module: str, leaf: str) -> str:
     )
 
 
-def _check_flatten(owner: Any, module: str, hwc: tuple[int, int, int] | None) -> None:
-    if hwc is not None and not (isinstance(owner, nnx.Linear) and prod(hwc) == owner.in_features):
-        inputs = f" of {owner.in_features} inputs" if isinstance(owner, nnx.Linear) else ""
+def _flattened(owner: Any, module: str, given: tuple[int, int, int | None] | None) -> tuple[int, int, int] | None:
+    """The (height, width, channels) that a dense layer reads, channels filled in; None if it reads no feature map."""
+    if given is None:
+        return None
+    dense = isinstance(owner, nnx.Linear)
+    height, width, channels = given
+    if channels is None and dense:
+        channels = owner.in_features // (height * width)
+    if not dense or channels is None or height * width * channels != owner.in_features:
+        inputs = f" of {owner.in_features} inputs" if dense else ""
         raise ValueError(
-            f"flatten[{module!r}] is {hwc}, but {module} is a {type(owner).__name__}{inputs}: give the (height, width, "
-            "channels) of the feature map that a Linear reads"
+            f"flatten[{module!r}] is {given}, but {module} is a {type(owner).__name__}{inputs}: give the (height, "
+            "width, channels) of the feature map that a Linear reads"
         )
+    return height, width, channels
 
 
 def _layout(
@@ -127,8 +134,7 @@ def _slots(model: nnx.Module, names: Names, flatten: Flatten) -> list[_Slot]:
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))):
         owner, module, leaf = _owner(model, path), "/".join(map(str, path[:-1])), str(path[-1])
         modules.add(module)
-        hwc = flatten.get(module)
-        _check_flatten(owner, module, hwc)
+        hwc = _flattened(owner, module, flatten.get(module))
         prefix = names(module) if callable(names) else names.get(module, dotted(module))
         key = ".".join(part for part in (prefix, _leaf(owner, module, leaf)) if part)
         slots.append(_Slot(path, variable, key, *_layout(owner, leaf, variable.shape, hwc)))
@@ -157,6 +163,7 @@ def load_torch_layout(
     tensors: Mapping[str, Shaped[np.ndarray, "..."]],
     names: Names = dotted,
     flatten: Flatten | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> nnx.Module:
     """Copy a PyTorch state dict into a Flax NNX network, in place.
 
@@ -171,7 +178,8 @@ def load_torch_layout(
             `tensors` (`layer1.0.conv1`). A mapping may leave out modules whose name is the path with dots.
         flatten: path of each Linear that reads a flattened feature map -> (height, width, channels) of that map.
             Without it the dense layer reads its features in the wrong order, and no check can tell. A map of
-            height and width 1 needs no entry.
+            height and width 1 needs no entry. Channels None: as many as the layer's inputs make.
+        ignored: beginnings of names of tensors that the network has no use for, such as heads of training only.
 
     Returns:
         The same network.
@@ -183,7 +191,8 @@ def load_torch_layout(
     slots = _slots(model, names, flatten or {})
     checked = [(slot, _checked(slot, tensors)) for slot in slots]
     used = {slot.key for slot in slots}
-    if unused := sorted(key for key in tensors if key not in used and key.rpartition(".")[2] != _COUNTER):
+    rest = (key for key in tensors if key not in used and not key.startswith(ignored))
+    if unused := sorted(key for key in rest if key.rpartition(".")[2] != _COUNTER):
         raise ValueError(
             f"{len(unused)} tensors belong to no layer of the network, first {unused[:3]}: another network?"
         )
