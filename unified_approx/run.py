@@ -290,7 +290,13 @@ class Run:
         seen = self.capture.observe(site)
         arguments = self.arguments
         problem, held_out = problems(
-            site, seen, self.held_out_from, arguments.rows, arguments.seed, with_offset=_kind(site) in self.branched
+            site,
+            seen,
+            self.held_out_from,
+            arguments.rows,
+            arguments.seed,
+            with_offset=_kind(site) in self.branched,
+            mesh=arguments.mesh,
         )
         spatial = seen.x.shape[1:-1]
         del seen  # whole feature maps: hundreds of megabytes that the solve does not need
