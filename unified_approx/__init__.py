@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
-    from unified_approx.finetuning import finetune
+    from unified_approx.finetuning import finetune, match_outputs
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
@@ -28,6 +28,7 @@ _HOMES = {
     "compress": "pipeline",
     "finetune": "finetuning",
     "load": "storage",
+    "match_outputs": "finetuning",
     "plan": "pipeline",
     "save": "storage",
     "sensitivity": "pipeline",
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "match_outputs",
     "plan",
     "save",
     "sensitivity",
