@@ -41,8 +41,8 @@ def random_problem(
     response = x @ w.T + bias
     noise = 0.3 * rng.normal(size=(d, n))
     y = np.maximum(response, 0) if activation == RELU else response + noise
-    arrays = {k: jnp.asarray(v.astype(dtype)) for k, v in {"x": x, "y": y, "bias": bias}.items()}
-    return LayerProblem(**arrays, activation=activation), w.astype(dtype)
+    x, y, bias = (jnp.asarray(value.astype(dtype)) for value in (x, y, bias))
+    return LayerProblem(x=x, y=y, bias=bias, activation=activation), w.astype(dtype)
 
 
 def correlated_problem(seed: int, n: int, p: int, d: int) -> tuple[LayerProblem, np.ndarray]:

@@ -20,6 +20,7 @@ from solvers.m_step import MajorizeMinimize
 from solvers.penalties import penalized_fractions
 from solvers.prox import COLUMNS, Grouping, channels
 from solvers.reconstruction import LayerProblem
+from solvers.sharding import take_every
 
 _penalties = jax.jit(penalized_fractions, static_argnums=3)
 FRACTIONS = tuple(float(f) for f in np.geomspace(0.5, 0.01, 9))  # of both maxima: from nothing to nearly everything
@@ -34,7 +35,7 @@ def _fewer_rows(problem: LayerProblem, rows_per_feature: int | None) -> LayerPro
     d, p = problem.x.shape
     wanted = d if rows_per_feature is None else min(d, max(rows_per_feature * p, 4096))
     stride = d // wanted  # rows are sorted by image; a stride keeps all of them in
-    return jax.tree.map(lambda a: a[: stride * wanted : stride] if a.ndim == 2 else a, problem)
+    return take_every(problem, stride, wanted)
 
 
 def _solvable(problem: LayerProblem, options: AdmmOptions) -> LayerProblem:

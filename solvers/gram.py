@@ -48,14 +48,14 @@ def gram_statistics(problem: LayerProblem) -> GramStatistics:
         linear = t if offset is None else t - offset
         return linear if scale is None else linear * scale[None, :]
 
-    sums = sum_over_chunks(lambda x, t, s: (jnp.sum(x, axis=0), jnp.sum(aim(t, s), axis=0)), rows)
+    sums = sum_over_chunks(lambda x, t, s: (jnp.sum(x, axis=0), jnp.sum(aim(t, s), axis=0)), rows, mesh=problem.mesh)
     x_mean, target_mean = sums[0] / d, sums[1] / d
 
     def moments(x: Array, t: Array, s: Array | None) -> tuple[Array, Array, Array]:
         x, t = x - x_mean[None, :], aim(t, s) - target_mean[None, :]
         return x.T @ x, t.T @ x, jnp.sum(t * t)
 
-    gram, cross, energy = sum_over_chunks(moments, rows)
+    gram, cross, energy = sum_over_chunks(moments, rows, mesh=problem.mesh)
     return GramStatistics(
         gram=gram / d, cross=cross / d, x_mean=x_mean, target_mean=target_mean, target_energy=energy / d
     )

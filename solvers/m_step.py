@@ -102,8 +102,8 @@ class MajorizeState(NamedTuple):
     factor_t: Float[Array, ""]
 
 
-def _gram(x: Float[Array, "d p"]) -> Float[Array, "p p"]:
-    return sum_over_chunks(lambda rows: jnp.matmul(rows.T, rows, precision="highest"), (x,))
+def _gram(problem: LayerProblem) -> Float[Array, "p p"]:
+    return sum_over_chunks(lambda rows: jnp.matmul(rows.T, rows, precision="highest"), (problem.x,), mesh=problem.mesh)
 
 
 def _output_scale(problem: LayerProblem) -> Float[Array, " n"]:
@@ -114,7 +114,7 @@ def _output_scale(problem: LayerProblem) -> Float[Array, " n"]:
 def _has_few_rows(problem: LayerProblem) -> bool:
     """Whether x'x is cheaper to decompose through the rows: d^3 and 2 p d^2 instead of 9 p^3."""
     d, p = problem.x.shape
-    return 2 * d <= p
+    return problem.mesh is None and 2 * d <= p
 
 
 def _eigen_curvature(problem: LayerProblem) -> Curvature:
@@ -123,7 +123,7 @@ def _eigen_curvature(problem: LayerProblem) -> Curvature:
         values, vectors = jnp.linalg.eigh(jnp.matmul(r, r.T, precision="highest"))
         basis = jnp.matmul(q, vectors, precision="highest")
     else:
-        values, basis = jnp.linalg.eigh(_gram(problem.x))
+        values, basis = jnp.linalg.eigh(_gram(problem))
     return Curvature(_output_scale(problem), jnp.maximum(values, 0), basis)
 
 
@@ -191,7 +191,7 @@ class MajorizeMinimize:
         """Factorises x'x, or only computes it for Cholesky."""
         if self._uses_eigh(problem):
             return _eigen_curvature(problem)
-        return Curvature(_output_scale(problem), jnp.zeros_like(problem.x[0]), _gram(problem.x))
+        return Curvature(_output_scale(problem), jnp.zeros_like(problem.x[0]), _gram(problem))
 
     def init(
         self,
@@ -302,7 +302,7 @@ class ExactLinear:
             shifted = y - problem.bias[None, :]
             return (shifted if offset is None else shifted - offset).T @ x
 
-        cross = sum_over_chunks(body, (problem.x, problem.y, problem.offset))
+        cross = sum_over_chunks(body, (problem.x, problem.y, problem.offset), mesh=problem.mesh)
         return LinearStatistics(curvature, curvature.scale[:, None] * cross)
 
     def init(

@@ -125,7 +125,7 @@ class Constant:
 
 def mean_curvature(problem: LayerProblem) -> Float[Array, ""]:
     """tr(x'x) / (p ||y||^2), the mean eigenvalue of the loss's curvature: the natural unit of t. 1 where x is zero."""
-    energy = jnp.sum(sum_over_chunks(lambda x: jnp.sum(x * x, axis=0), (problem.x,)))
+    energy = jnp.sum(sum_over_chunks(lambda x: jnp.sum(x * x, axis=0), (problem.x,), mesh=problem.mesh))
     weight = 1 if problem.weights is None else jnp.mean(problem.weights)
     curvature = weight * energy / (problem.x.shape[1] * target_energy(problem))
     return jnp.where(curvature > 0, curvature, 1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from solvers.activation import IDENTITY, RELU, Activation
@@ -34,6 +35,7 @@ class LayerProblem:
         offset: what the network adds before the activation (a shortcut branch), (d, n).
         weights: non-negative weight of each output in the loss, (n,).
         activation: r(.), static under jit.
+        mesh: the devices that the rows are split over, static under jit; None: not split. Set by `solvers.sharding`.
     """
 
     x: Float[Array, "*batch d p"]
@@ -43,17 +45,33 @@ class LayerProblem:
     offset: Float[Array, "*batch d n"] | None = None
     weights: Float[Array, "*batch n"] | None = None
     activation: Activation = field(default=RELU, metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
 
 
 T = TypeVar("T")
 
 
-def sum_over_chunks(body: Callable[..., T], rows: tuple[Array | None, ...], chunk: int = CHUNK_ROWS) -> T:
+def sum_over_chunks(
+    body: Callable[..., T], rows: tuple[Array | None, ...], chunk: int = CHUNK_ROWS, *, mesh: Mesh | None = None
+) -> T:
     """Sum over chunks c of body(*rows[c]), so that temporaries never exceed `chunk` rows.
 
     `rows` share their first axis d (None entries are passed through). Whole chunks go through one `lax.scan`,
-    the remainder through one more call of `body`, so no padding enters the sum.
+    the remainder through one more call of `body`, so no padding enters the sum. With a mesh each device sums over its
+    own rows, in chunks, and the sums are then added up: one reduction of the result's size, however many chunks.
     """
+    if mesh is None:
+        return _sum_of_own(body, rows, chunk, ())
+    axes = mesh.axis_names
+
+    def own(*part: Array | None) -> T:
+        return lax.psum(_sum_of_own(body, part, chunk, axes), axes)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=PartitionSpec(axes), out_specs=PartitionSpec())(*rows)
+
+
+def _sum_of_own(body: Callable[..., T], rows: tuple[Array | None, ...], chunk: int, axes: tuple[str, ...]) -> T:
+    """The sum over the rows of one device; `axes` are those of the mesh that it varies over."""
     d = next(r.shape[0] for r in rows if r is not None)
     whole = d // chunk
 
@@ -68,6 +86,7 @@ def sum_over_chunks(body: Callable[..., T], rows: tuple[Array | None, ...], chun
         assert tail is not None
         return tail
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: body(*cut(0, chunk))))
+    zero = lax.pcast(zero, axes, to="varying") if axes else zero
     total, _ = lax.scan(step, zero, jnp.arange(whole))
     return total if tail is None else jax.tree.map(jnp.add, total, tail)
 
@@ -85,7 +104,7 @@ def preactivation(
 
 def target_energy(problem: LayerProblem) -> Float[Array, ""]:
     """|| W^(1/2) y ||_F^2, or 1 when y is zero, so that dividing by it is always safe."""
-    per_output = sum_over_chunks(lambda y: jnp.sum(y * y, axis=0), (problem.y,))
+    per_output = sum_over_chunks(lambda y: jnp.sum(y * y, axis=0), (problem.y,), mesh=problem.mesh)
     energy = jnp.sum(per_output if problem.weights is None else per_output * problem.weights)
     return jnp.where(energy > 0, energy, jnp.ones_like(energy))
 
@@ -100,7 +119,7 @@ def residual_energy(
         gap = y - problem.activation(preactivation(x, m, b, offset))
         return jnp.sum(gap * gap, axis=0)
 
-    per_output = sum_over_chunks(body, (problem.x, problem.y, problem.offset))
+    per_output = sum_over_chunks(body, (problem.x, problem.y, problem.offset), mesh=problem.mesh)
     return jnp.sum(per_output if problem.weights is None else per_output * problem.weights)
 
 
@@ -143,7 +162,8 @@ def surrogate_gradient(problem: LayerProblem, m: Float[Array, "n p"]) -> Float[A
         z = preactivation(x, m, problem.bias, offset)
         return descent_residual(problem.activation, y, z).T @ x
 
-    total = -sum_over_chunks(body, (problem.x, problem.y, problem.offset)) / target_energy(problem)
+    total = sum_over_chunks(body, (problem.x, problem.y, problem.offset), mesh=problem.mesh)
+    total = -total / target_energy(problem)
     return total if problem.weights is None else total * problem.weights[:, None]
 
 
@@ -151,7 +171,7 @@ def scale_features(problem: LayerProblem) -> tuple[LayerProblem, Float[Array, " 
     """The problem in features of equal energy: x D^-1 and D's diagonal, D = diag(x'x)^(1/2) divided by its root mean
     square (1 for features that are always zero). m solves the original problem where m D solves this one. Copies x.
     """
-    energy = sum_over_chunks(lambda x: jnp.sum(x * x, axis=0), (problem.x,))
+    energy = sum_over_chunks(lambda x: jnp.sum(x * x, axis=0), (problem.x,), mesh=problem.mesh)
     mean = jnp.mean(energy)
     scale = jnp.where(energy > 0, jnp.sqrt(energy / jnp.where(mean > 0, mean, 1)), 1)
     return replace(problem, x=problem.x / scale[None, :]), scale
@@ -191,7 +211,7 @@ def validate(problem: LayerProblem) -> None:
                 f"{name} has dtype {array.dtype}: all arrays must have x's floating dtype {problem.x.dtype}"
             )
         # The sum of finite values can overflow but never hides a NaN or an Inf; look closer only if it is not finite.
-        if is_concrete(array) and not np.isfinite(jnp.sum(array)) and not np.all(np.isfinite(array)):
+        if is_concrete(array) and not np.isfinite(jnp.sum(array)) and not jnp.all(jnp.isfinite(array)):
             raise ValueError(f"{name} holds NaN or Inf: remove the offending rows or repair the network")
     if problem.weights is not None and is_concrete(problem.weights) and np.min(problem.weights) < 0:
         raise ValueError(f"weights has a negative entry ({np.min(problem.weights)}): pass weights >= 0")

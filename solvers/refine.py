@@ -86,7 +86,7 @@ def _correction(
         return step.T @ x, jnp.sum(step, axis=0)
 
     rows = (problem.x, problem.y, problem.response, problem.offset)
-    cross, total = sum_over_chunks(body, rows)
+    cross, total = sum_over_chunks(body, rows, mesh=problem.mesh)
     d = problem.x.shape[0]
     return cross / d, total / d
 

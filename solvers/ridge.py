@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from solvers.gram import GramStatistics, gram_statistics, least_squares, linear_error, with_ridge
 from solvers.reconstruction import LayerProblem
+from solvers.sharding import gathered
 from solvers.structure import column_structure, fit
 
 SCARCE = 10  # rows per feature below which least squares overfits and a larger ridge is tried
@@ -164,7 +165,7 @@ def selection_statistics(
     few = 2 * rows <= p
     wide = p <= float64_up_to
     dtype = jnp.float64 if wide else jnp.float32
-    raw, held = gram_statistics(problem), gram_statistics(held_out)
+    raw, held = gathered((gram_statistics(problem), gram_statistics(held_out)))
     with jax.enable_x64(wide):
         if original is not None and problem.weights is not None:
             original = original * jnp.sqrt(problem.weights)[:, None]

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
     from unified_approx.cost import choose_executions, fastest_dense
-    from unified_approx.finetuning import finetune
+    from unified_approx.finetuning import finetune, match_outputs
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
@@ -32,6 +32,7 @@ _HOMES = {
     "fastest_dense": "cost",
     "finetune": "finetuning",
     "load": "storage",
+    "match_outputs": "finetuning",
     "plan": "pipeline",
     "remove_unread": "unread",
     "save": "storage",
@@ -56,6 +57,7 @@ __all__ = [
     "fastest_dense",
     "finetune",
     "load",
+    "match_outputs",
     "plan",
     "remove_unread",
     "save",

@@ -40,7 +40,7 @@ def get(root: Any, path: Path) -> Any:
     return node
 
 
-def put(root: nnx.Module, path: Path, new: nnx.Module) -> nnx.Module:
+def put(root: nnx.Module, path: Path, new: Any) -> Any:
     """Put `new` at `path` below `root`, in place; a tuple on the way is replaced by a new tuple.
 
     Returns:

@@ -98,6 +98,9 @@ def compress(
             "otherwise; to keep the first and the last layer (--keep conv1 --keep fc) is usual.",
         ),
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Devices that share the rows of every layer.  [default: one]")
+    ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for solved layers: a killed run resumes at the next layer.")
     ] = None,
@@ -112,9 +115,11 @@ def compress(
         check_outputs(out=out, json=json_file)
         settings = {**_settings(budget, lambda_sparse, lambda_rank, keep), "allocation": allocation}
         options = _options(form, group, m_step)
+        from solvers.sharding import row_mesh
         from unified_approx import comparison, pipeline, resolve
         from unified_approx.evaluate import accuracy
 
+        row_mesh(1 if devices is None else devices)  # raises for too many before anything is loaded
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
         examples = resolve.calibration_images(images.x_train, calibration, seed)
@@ -126,7 +131,14 @@ def compress(
         reference = accuracy(model, images.x_test, images.y_test)
         with compact():
             result = pipeline.compress(
-                model, examples, options=options, rows=rows, seed=seed, work_dir=work_dir, **settings
+                model,
+                examples,
+                options=options,
+                rows=rows,
+                seed=seed,
+                work_dir=work_dir,
+                devices=devices,
+                **settings,
             )
         result = comparison.with_fastest_executions(result, images.x_test)
         row = comparison.compare(

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float32, Shaped
 
 from solvers.layer import LayerOptions
+from solvers.sharding import Devices
 from unified_approx.allocation import Sensitivity
 from unified_approx.allocation.allocate import allocate
 from unified_approx.allocation.build import measure_sensitivity
@@ -79,6 +80,7 @@ def compress(
     labels: Shaped[np.ndarray, " examples"] | None = None,
     start: Mapping[str, Float32[np.ndarray, "n p"]] | None = None,
     work_dir: str | PathLike[str] | None = None,
+    devices: Devices | None = None,
     progress: ProgressCallback | None = None,
     call: Call | None = None,
 ) -> Result:
@@ -112,6 +114,9 @@ def compress(
         labels: of the calibration examples, integers; needed for, and only read by, `Budget(max_drop=...)`.
         start: matrices to start the penalised ADMM from, by layer, as in `Result.matrices` of a similar run.
         work_dir: a folder where every solved layer is stored, so that a killed run resumes at the next layer.
+        devices: how many devices, or which, share the rows of every layer while it is solved; None: the default one.
+            With n devices up to n - 1 of a layer's rows are left out, and layers of few rows are not split; otherwise
+            the results differ by rounding only.
         progress: called before and after each layer; a progress bar on a terminal when None.
         call: how the network is called, `call(model, batch)`; `model(batch)` when None.
 

@@ -42,6 +42,14 @@ class Rule:
         return re.fullmatch(self.path, name) is not None
 
 
+def check_pattern(argument: str, pattern: str) -> None:
+    """Raise a ValueError, naming the argument, for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
+
+
 def assign(
     rules: Sequence[Rule], sites: Sequence[LayerSite], skipped: Sequence[Skipped]
 ) -> dict[tuple[str | int, ...], Rule | None]:
@@ -53,10 +61,7 @@ def assign(
     """
     names = [site.name for site in sites]
     for rule in rules:
-        try:
-            re.compile(rule.path)
-        except re.error as error:
-            raise ValueError(f"rules: {rule.path!r} is not a regular expression: {error}") from error
+        check_pattern("rules", rule.path)
         if any(rule.matches(name) for name in names):
             continue
         refused = [s for s in skipped if rule.matches(s.name)]

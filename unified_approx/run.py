@@ -305,7 +305,13 @@ class Run:
         arguments = self.arguments
         seen = self.capture.observe(site, arguments.rows or default_rows(site.geometry.matrix_shape.p))
         problem, held_out = problems(
-            site, seen, self.held_out_from, arguments.rows, arguments.seed, with_offset=_kind(site) in self.branched
+            site,
+            seen,
+            self.held_out_from,
+            arguments.rows,
+            arguments.seed,
+            with_offset=_kind(site) in self.branched,
+            mesh=arguments.mesh,
         )
         spatial = seen.x.shape[1:-1]
         del seen  # whole feature maps: hundreds of megabytes that the solve does not need

@@ -5,9 +5,11 @@ from math import prod
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from solvers.reconstruction import LayerProblem
+from solvers.sharding import mesh_for, put_rows
 from unified_approx.im2col import sample_positions, sample_rows, take_positions
 from unified_approx.sites import LayerSite, Observation
 
@@ -34,6 +36,7 @@ def problems(
     seed: int,
     *,
     with_offset: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[LayerProblem, LayerProblem]:
     """Sampled rows of the calibration images, and a quarter as many of the held-out images.
 
@@ -45,6 +48,7 @@ def problems(
         seed: of the sampled positions.
         with_offset: give a layer without a shortcut branch an offset of zeros, so that it shares the compiled solve of
             one that has a branch.
+        mesh: the devices to split the rows over, see `solvers.sharding`.
     """
     held = seen.image_index >= held_out_from
     fitted, other = np.flatnonzero(~held), np.flatnonzero(held)
@@ -53,23 +57,28 @@ def problems(
     d = min(available, rows or default_rows(site.geometry.matrix_shape.p, available))
     if with_offset and seen.offset is None:
         seen = replace(seen, offset=np.broadcast_to(np.float32(0), seen.response.shape))
-    return _sample(site, seen, fitted, d, seed), _sample(site, seen, other, max(1, d // 4), seed)
+    return _sample(site, seen, fitted, d, seed, mesh), _sample(site, seen, other, max(1, d // 4), seed, mesh)
 
 
 def _sample(
-    site: LayerSite, seen: Observation, entries: Int[np.ndarray, " entries"], d: int, seed: int
+    site: LayerSite, seen: Observation, entries: Int[np.ndarray, " entries"], d: int, seed: int, mesh: Mesh | None
 ) -> LayerProblem:
     """At most d rows of the given entries of the first axis."""
     positions = sample_positions(len(entries), seen.response.shape[1:-1], d, seed)
     positions[:, 0] = entries[positions[:, 0]]
+    mesh = mesh_for(len(positions), mesh)
+
+    def put(rows: np.ndarray) -> Array:
+        return put_rows(np.asarray(rows, np.float32), mesh)
+
     # Gathered on the host: whole feature maps are never copied to the device.
-    response = jnp.asarray(take_positions(seen.response, positions), jnp.float32)
-    offset = None if seen.offset is None else take_positions(seen.offset, positions)
+    response = put(take_positions(seen.response, positions))
     return LayerProblem(
-        x=jnp.asarray(sample_rows(seen.x, site.geometry, positions), jnp.float32),
+        x=put(sample_rows(seen.x, site.geometry, positions)),
         y=site.activation(response),
         response=response,
         bias=jnp.asarray(site.shift, jnp.float32),
-        offset=None if offset is None else jnp.asarray(offset, jnp.float32),
+        offset=None if seen.offset is None else put(take_positions(seen.offset, positions)),
         activation=site.activation,
+        mesh=mesh,
     )

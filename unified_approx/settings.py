@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from solvers.layer import LayerOptions, minimum_budget
+from solvers.sharding import Devices, row_mesh
 from unified_approx.budget import Budget
 from unified_approx.rules import Rule
 from unified_approx.sites import LayerSite
@@ -61,6 +63,7 @@ class Arguments:
     batch_size: int = 200
     execution: str = "auto"
     allocation: str = "kl"
+    devices: Devices | None = None
 
     def __post_init__(self) -> None:
         _check_target(self.budget, self.lambda_sparse, self.lambda_rank, self.rules)
@@ -78,6 +81,12 @@ class Arguments:
             raise ValueError(f"rows: {self.rows} sampled positions; give at least 1, or None to choose")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size}; give at least 1")
+        _ = self.mesh  # raises for too many devices
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that a layer's rows are split over; None for one, the default."""
+        return None if self.devices is None or self.devices == 1 else row_mesh(self.devices)
 
     def settings(self, rule: Rule | None, site: LayerSite) -> Settings:
         """What the run and a rule together ask of a layer."""
@@ -106,7 +115,7 @@ class Arguments:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the solved layers are."""
-        return {k: repr(v) for k, v in vars(self).items() if k not in ("call", "execution")}
+        return {k: repr(v) for k, v in vars(self).items() if k not in ("call", "execution", "devices")}
 
     def describe(self) -> str:
         """The run's target as text."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -16,8 +16,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from unified_approx.checkpoints import Checkpoints
 from unified_approx.evaluate import Call, accuracy, forward
+from unified_approx.objectives import CrossEntropy, Objective
 
 Prepare = Callable[[Array], Array]
+_Data = tuple[Array, Array | None]
 _STEPS_PER_CALL = 50  # between two looks at the clock; nothing leaves the device in between
 
 
@@ -60,11 +62,17 @@ class Recipe:
         for name in ("warmup", "distill", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature}; give a positive number")
+
+    def objective(self) -> CrossEntropy:
+        """Labels, and a teacher's answers if there is a teacher."""
+        return CrossEntropy(label_smoothing=self.label_smoothing, distill=self.distill, temperature=self.temperature)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Nesterov's SGD with a one-cycle (linear up, cosine down) learning rate."""
         schedule = optax.warmup_cosine_decay_schedule(
-            self.learning_rate / 25, self.learning_rate, max(1, round(self.warmup * steps)), steps
+            self.learning_rate / 25, self.learning_rate, max(1, round(self.warmup * steps)), max(2, steps)
         )
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
@@ -75,12 +83,28 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One line of the history: mean training loss, validation accuracy in percent (None without), seconds."""
+    """One line of the history.
+
+    Attributes:
+        epoch: from 1.
+        loss: mean of the training loss.
+        accuracy: on the validation data, in percent; None without, or without labels.
+        seconds: of this epoch.
+        validation_loss: the objective on the validation images, where it needs no labels.
+    """
 
     epoch: int
     loss: float
     accuracy: float | None
     seconds: float
+    validation_loss: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """What the best epoch is chosen by, larger is better; None without validation."""
+        if self.validation_loss is None:
+            return self.accuracy
+        return -self.validation_loss if np.isfinite(self.validation_loss) else -np.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,69 +131,56 @@ def augment_crop_flip(images: Shaped[Array, "batch h w c"], key: PRNGKeyArray) -
     return jnp.where(mirrored, cut[:, :, ::-1], cut)
 
 
-def objective(
-    logits: Float[Array, "batch classes"],
-    labels: Int[Array, " batch"],
-    taught: Float[Array, "batch classes"] | None,
-    recipe: Recipe,
-) -> Float[Array, ""]:
-    """Cross entropy with the labels, and with a teacher T^2 KL(teacher || student) at temperature T (Hinton 2015)."""
-    classes = logits.shape[1]
-    target = optax.smooth_labels(jax.nn.one_hot(labels, classes, dtype=logits.dtype), recipe.label_smoothing)
-    hard = jnp.mean(optax.softmax_cross_entropy(logits, target))
-    if taught is None:
-        return hard
-    t = recipe.temperature
-    soft = jnp.mean(optax.kl_divergence(jax.nn.log_softmax(logits / t), jax.nn.softmax(taught / t)))
-    return (1 - recipe.distill) * hard + recipe.distill * t * t * soft
-
-
 @dataclass(frozen=True)
 class _Loop:
     """Everything static of a training run, hashable for jit."""
 
     graphdef: Any
     teacher: Any
-    recipe: Recipe
+    objective: Objective
+    augment: bool
     transform: Any
     prepare: Prepare
     call: Call
 
-    def step(self, data: tuple[Array, Array], taught: Any, fixed: Any, carry: tuple, index: Array) -> tuple:
+    def loss(self, params: Any, rest: Any, fixed: Any, taught: Any, x: Array, labels: Array | None) -> tuple:
+        """The objective on one batch, and the running statistics after it."""
+        model, see = nnx.merge(self.graphdef, params, rest, fixed), self.objective.observe
+        answers = None if self.teacher is None else see(self.call, nnx.merge(self.teacher, taught), x)
+        value = self.objective.loss(see(self.call, model, x), answers, labels)
+        return value, nnx.split(model, nnx.Param, nnx.BatchStat, ...)[2]
+
+    def step(self, data: _Data, taught: Any, fixed: Any, carry: tuple, index: Array) -> tuple:
         params, rest, state, key = carry
         key, own = jax.random.split(key)
-        x = data[0][index]
-        if self.recipe.augment is not None:
-            x = augment_crop_flip(x, own)
-        x = self.prepare(x)
-        answers = None if self.teacher is None else self.call(nnx.merge(self.teacher, taught), x)
-
-        def loss(params: Any) -> tuple[Array, Any]:
-            model = nnx.merge(self.graphdef, params, rest, fixed)
-            logits = self.call(model, x)
-            return objective(logits, data[1][index], answers, self.recipe), nnx.split(
-                model, nnx.Param, nnx.BatchStat, ...
-            )[2]
-
-        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        x = augment_crop_flip(data[0][index], own) if self.augment else data[0][index]
+        labels = None if data[1] is None else data[1][index]
+        gradient_of = jax.value_and_grad(self.loss, has_aux=True)
+        (value, rest), gradient = gradient_of(params, rest, fixed, taught, self.prepare(x), labels)
         change, state = self.transform.update(gradient, state, params)
         return (optax.apply_updates(params, change), rest, state, key), value
 
     @partial(jax.jit, static_argnums=0, donate_argnums=4)
-    def steps(self, data: Any, taught: Any, fixed: Any, carry: tuple, order: Array) -> tuple:
+    def steps(self, data: _Data, taught: Any, fixed: Any, carry: tuple, order: Array) -> tuple:
         """Several steps: order is (steps, batch) indices of examples."""
         return jax.lax.scan(partial(self.step, data, taught, fixed), carry, order)
+
+    @partial(jax.jit, static_argnums=0)
+    def judge(self, x: Array, taught: Any, fixed: Any, params: Any, rest: Any) -> Float[Array, ""]:
+        """The objective on a batch that is not trained on."""
+        return self.loss(params, rest, fixed, taught, self.prepare(x), None)[0]
 
 
 def train(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
-    y: Int[np.ndarray | Array, " labels"],
+    y: Int[np.ndarray | Array, " labels"] | None = None,
     recipe: Recipe = Recipe(),
     *,
+    objective: Objective | None = None,
     optimizer: optax.GradientTransformation | None = None,
     teacher: nnx.Module | None = None,
-    validation: tuple[Any, Any] | None = None,
+    validation: Any = None,
     patience: int | None = None,
     checkpoint_dir: str | PathLike[str] | None = None,
     prepare: Prepare = lambda x: x,
@@ -179,13 +190,15 @@ def train(
     """Train the Params of a network; everything else but running statistics stays as it is.
 
     Args:
-        model: any NNX network that gives logits; it is not changed.
+        model: any NNX network (one that gives logits, for labels); it is not changed.
         x: images as the augmentation wants them, uint8 or float; `prepare` makes the network's input of them.
-        y: labels.
+        y: labels, for an objective that needs them.
         recipe: how.
+        objective: what is minimised, in place of the recipe's cross entropy.
         optimizer: in place of the recipe's.
         teacher: network whose answers are imitated as well, in evaluation mode.
-        validation: (x, y), x unprepared; the epoch with the best accuracy on it is returned.
+        validation: (x, y), x unprepared; the epoch with the best accuracy on it is returned. Images alone for an
+            objective without labels: the epoch with the lowest loss.
         patience: stop after so many epochs without a better one; needs validation.
         checkpoint_dir: a folder that is written after every epoch; a run that finds its own checkpoint there goes on,
             and ends with the weights that it would have had, uninterrupted.
@@ -194,24 +207,26 @@ def train(
         call: how the networks are called.
 
     Raises:
-        ValueError: labels that do not fit, patience without validation, a checkpoint of another run or network.
+        ValueError: labels that do not fit, a teacher that is missing, patience without validation, a checkpoint of
+            another run or network.
     """
-    _check(x, y, validation, patience)
+    objective = objective or recipe.objective()
+    _check(x, y, objective, teacher, validation, patience)
     own = nnx.clone(model)
-    own.train()
+    own.train() if objective.training_mode else own.eval()
     graphdef, params, rest, fixed = nnx.split(own, nnx.Param, nnx.BatchStat, ...)
     batch = min(recipe.batch_size, len(x))
     per_epoch = len(x) // batch
     transform = optimizer or recipe.optimizer(recipe.epochs * per_epoch)
     taught_def, taught = (None, None) if teacher is None else nnx.split(_evaluating(teacher))
-    loop = _Loop(graphdef, taught_def, recipe, transform, prepare, call)
+    loop = _Loop(graphdef, taught_def, objective, recipe.augment is not None, transform, prepare, call)
     # A step donates what it is given, and a clone shares its arrays with the model.
     params, rest = jax.tree.map(jnp.copy, (params, rest))
     carry = (params, rest, transform.init(params), jax.random.key(recipe.seed))
-    data = (jnp.asarray(x), jnp.asarray(y))
+    data = (jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None)
     history: list[Epoch] = []
     best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, rest)))
-    store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _identity(model, recipe, len(x)))
+    store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _identity(model, recipe, objective, len(x)))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]
         best = (_best_epoch(history), found["best"])
@@ -223,8 +238,10 @@ def train(
             carry, values = loop.steps(data, taught, fixed, carry, jnp.asarray(part))
             losses.append(values)
         loss = float(jnp.mean(jnp.concatenate(losses)))
-        score = None if validation is None else _score(graphdef, carry, fixed, validation, prepare, call)
-        history.append(Epoch(epoch=number, loss=loss, accuracy=score, seconds=time.perf_counter() - start))
+        scores: dict[str, Any] = {"accuracy": None}
+        if validation is not None:
+            scores |= _validate(loop, carry, fixed, taught, validation, batch)
+        history.append(Epoch(epoch=number, loss=loss, seconds=time.perf_counter() - start, **scores))
         if _best_epoch(history) == number:
             best = (number, jax.tree.map(jnp.copy, carry[:2]))
         if store is not None:
@@ -239,13 +256,17 @@ def train(
     return Trained(model=new, history=tuple(history), best=best[0])
 
 
-def _check(x: Any, y: Any, validation: Any, patience: int | None) -> None:
-    if np.shape(y) != (len(x),) or not jnp.issubdtype(y.dtype, jnp.integer):
+def _check(x: Any, y: Any, objective: Objective, teacher: Any, validation: Any, patience: int | None) -> None:
+    if objective.needs_labels and (np.shape(y) != (len(x),) or not np.issubdtype(np.asarray(y).dtype, np.integer)):
         raise ValueError(
-            f"y: {y.dtype} of shape {np.shape(y)}; give one integer label for each of the {len(x)} examples"
+            f"y: {np.asarray(y).dtype} of shape {np.shape(y)}; give one integer label for each of the {len(x)} examples"
         )
+    if objective.needs_teacher and teacher is None:
+        raise ValueError(f"teacher: None; {type(objective).__name__} imitates a network, give it")
+    if not objective.needs_labels and isinstance(validation, tuple):
+        raise ValueError(f"validation: a tuple; {type(objective).__name__} needs no labels, give the images alone")
     if patience is not None and validation is None:
-        raise ValueError(f"patience: {patience} epochs without a better accuracy; that needs validation=(x, y)")
+        raise ValueError(f"patience: {patience} epochs without a better accuracy; that needs validation data")
 
 
 def _evaluating(model: nnx.Module) -> nnx.Module:
@@ -254,25 +275,29 @@ def _evaluating(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def _identity(model: nnx.Module, recipe: Recipe, examples: int) -> dict[str, Any]:
+def _identity(model: nnx.Module, recipe: Recipe, objective: Objective, examples: int) -> dict[str, Any]:
     shapes = {"/".join(map(str, k)): list(v.shape) for k, v in nnx.to_flat_state(nnx.state(model))}
-    return {"recipe": asdict(replace(recipe)), "examples": examples, "network": shapes}
+    return {"recipe": asdict(recipe), "objective": repr(objective), "examples": examples, "network": shapes}
 
 
 def _best_epoch(history: list[Epoch]) -> int:
-    """The epoch of best validation accuracy, the earliest of equals; the last one without validation."""
-    if not history or history[-1].accuracy is None:
+    """The epoch of the best validation, the earliest of equals; the last one without validation."""
+    if not history or history[-1].score is None:
         return len(history)
-    return max(history, key=lambda line: (line.accuracy or 0.0, -line.epoch)).epoch
+    return max(history, key=lambda line: (line.score or 0.0, -line.epoch)).epoch
 
 
 def _is_over(history: list[Epoch], patience: int | None) -> bool:
     return patience is not None and bool(history) and len(history) - _best_epoch(history) >= patience
 
 
-def _score(
-    graphdef: Any, carry: tuple, fixed: PyTree, validation: tuple[Any, Any], prepare: Prepare, call: Call
-) -> float:
-    model = nnx.merge(graphdef, jax.tree.map(jnp.copy, carry[0]), jax.tree.map(jnp.copy, carry[1]), fixed)
-    x, y = validation
-    return accuracy(model, np.asarray(prepare(jnp.asarray(x))), y, call=call)
+def _validate(loop: _Loop, carry: tuple, fixed: PyTree, taught: Any, validation: Any, batch: int) -> dict[str, float]:
+    """Accuracy on (x, y), or the objective on x, where it needs no labels."""
+    params, rest = carry[:2]
+    if loop.objective.needs_labels:
+        model = nnx.merge(loop.graphdef, *jax.tree.map(jnp.copy, (params, rest)), fixed)
+        x, y = validation
+        return {"accuracy": accuracy(model, np.asarray(loop.prepare(jnp.asarray(x))), y, call=loop.call)}
+    parts = [validation[i : i + batch] for i in range(0, len(validation), batch)]
+    total = sum(len(x) * float(loop.judge(jnp.asarray(x), taught, fixed, params, rest)) for x in parts)
+    return {"validation_loss": total / len(validation)}

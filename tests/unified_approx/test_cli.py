@@ -243,6 +243,8 @@ BAD = {
     "unknown group": (["digits", "--group", "row"], "'row' is unknown; choose column or channel"),
     "unknown M step": (["digits", "--m-step", "adam"], "--m-step: 'adam' is unknown; choose mm or sgd"),
     "no images": (["digits", "--calibration", "1"], "--calibration: 1 images; give at least 2"),
+    "no devices": (["digits", "--devices", "0"], "devices: 0; give at least 1"),
+    "devices": (["digits", "--devices", "99"], "XLA_FLAGS=--xla_force_host_platform_device_count=99"),
     "no rows": (["digits", "--rows", "0"], "rows: 0 sampled positions"),
     "rule without layer": (["digits", "--keep", "conv9"], "'conv9' matches no layer; layers are: conv1, conv2"),
     "rule without sense": (["digits", "--keep", "("], "'(' is not a regular expression"),

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from unified_approx.distances import is_logits, output_distance
 from unified_approx.sites import Path
 
 Flat = Mapping[tuple[Any, ...], Any]
@@ -20,16 +21,7 @@ def _forward(call: Callable[..., Any], graphdef: Any, state: Any, batch: Any) ->
     return call(nnx.merge(graphdef, state), batch)
 
 
-@jax.jit
-def _distance(reference: Array, out: Array) -> Float[Array, ""]:
-    """Sum over the batch of KL(reference || out) for logits (batch, classes); else of the relative squared gap."""
-    if reference.ndim == 2 and reference.shape[1] > 1:
-        log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(out)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
-    axes = tuple(range(1, reference.ndim))
-    energy = jnp.sum(reference * reference, axis=axes)
-    gap = jnp.sum((reference - out) ** 2, axis=axes)
-    return jnp.sum(gap / jnp.where(energy > 0, energy, 1))
+_distance = jax.jit(output_distance)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -48,7 +40,7 @@ def _derivative(call: Callable[..., Any], graphdef: Any, flat: Any, change: Any,
 @jax.jit
 def _metric(reference: Array, along: Array) -> Float[Array, ""]:
     """Second-order term of `_distance`."""
-    if reference.ndim == 2 and reference.shape[1] > 1:
+    if is_logits(reference):
         p = jax.nn.softmax(reference)
         return jnp.sum(0.5 * (jnp.sum(p * along**2, axis=1) - jnp.sum(p * along, axis=1) ** 2))
     return _distance(reference, reference + along)
