@@ -145,7 +145,8 @@ class _Loop:
         answers = None if self.teacher is None else self.call(nnx.merge(self.teacher, taught), x)
 
         def loss(params: Any) -> tuple[Array, Any]:
-            model = nnx.merge(self.graphdef, params, rest, fixed)
+            # Copies, because a running statistic cannot be updated from inside the trace of the gradient otherwise.
+            model = nnx.merge(self.graphdef, params, rest, fixed, copy=True)
             logits = self.call(model, x)
             return objective(logits, data[1][index], answers, self.recipe), nnx.split(
                 model, nnx.Param, nnx.BatchStat, ...
