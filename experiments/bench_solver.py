@@ -7,7 +7,6 @@ Each part's rows are kept in the work folder as they come, so that a killed run 
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,23 +14,12 @@ import typer
 from bench_solver_admm import convex_optimality, m_step_race, relu_optimality
 from bench_solver_forms import FRACTIONS, form_rows, real_layers
 from bench_solver_speed import default_solver_race
+from resumable import Rows, kept
 
 from unified_approx.results import check, write_results
 
 RESULT = Path(__file__).parent / "results" / "bench_solver.json"
 RACES = ((64, 576), (256, 2304), (512, 4608))
-Rows = list[dict[str, Any]]
-
-
-def kept(work: Path, name: str, make: Callable[[], Rows]) -> Rows:
-    """Rows from the work folder, or made now and put there."""
-    file = work / f"{name}.json"
-    if not file.exists():
-        rows = make()
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps([{**row, "part": name.split("-")[0]} for row in rows], default=float))
-        partial.rename(file)
-    return json.loads(file.read_text())
 
 
 def form_table(work: Path, data: Path | None, models: Path, images: int, seed: int) -> Rows:

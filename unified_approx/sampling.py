@@ -57,13 +57,27 @@ def problems(
     d = min(available, rows or default_rows(site.geometry.matrix_shape.p, available))
     if with_offset and seen.offset is None:
         seen = replace(seen, offset=np.broadcast_to(np.float32(0), seen.response.shape))
-    return _sample(site, seen, fitted, d, seed, mesh), _sample(site, seen, other, max(1, d // 4), seed, mesh)
+    return sample(site, seen, fitted, d, seed, mesh), sample(site, seen, other, max(1, d // 4), seed, mesh)
 
 
-def _sample(
-    site: LayerSite, seen: Observation, entries: Int[np.ndarray, " entries"], d: int, seed: int, mesh: Mesh | None
+def sample(
+    site: LayerSite,
+    seen: Observation,
+    entries: Int[np.ndarray, " entries"],
+    d: int,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> LayerProblem:
-    """At most d rows of the given entries of the first axis."""
+    """At most d rows of the given entries of the first axis (images, where the network calls the layer once).
+
+    Args:
+        site: the layer.
+        seen: what it sees.
+        entries: which entries of the first axis of `seen.x` rows may come from.
+        d: how many rows.
+        seed: of the sampled positions.
+        mesh: devices that the rows are split over.
+    """
     positions = sample_positions(len(entries), seen.response.shape[1:-1], d, seed)
     positions[:, 0] = entries[positions[:, 0]]
     mesh = mesh_for(len(positions), mesh)

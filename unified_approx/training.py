@@ -145,7 +145,8 @@ class _Loop:
 
     def loss(self, params: Any, rest: Any, fixed: Any, taught: Any, x: Array, labels: Array | None) -> tuple:
         """The objective on one batch, and the running statistics after it."""
-        model, see = nnx.merge(self.graphdef, params, rest, fixed), self.objective.observe
+        # Copies: a running statistic cannot be updated from inside the trace of the gradient otherwise.
+        model, see = nnx.merge(self.graphdef, params, rest, fixed, copy=True), self.objective.observe
         answers = None if self.teacher is None else see(self.call, nnx.merge(self.teacher, taught), x)
         value = self.objective.loss(see(self.call, model, x), answers, labels)
         return value, nnx.split(model, nnx.Param, nnx.BatchStat, ...)[2]

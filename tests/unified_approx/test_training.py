@@ -54,6 +54,18 @@ def test_training_from_scratch_learns(digits):
     assert evaluate.accuracy(done.model, test, labels) > 95
 
 
+def test_batch_norms_statistics_follow_the_data(digits):
+    x, y, test, labels = digits
+    model = zoo.create("digits", batch_norm=True)
+    before = [np.asarray(norm.mean.get_value()) for norm in (model.bn1, model.bn2, model.bn3)]
+    done = train(model, x, y, RECIPE)
+    after = [np.asarray(norm.mean.get_value()) for norm in (done.model.bn1, done.model.bn2, done.model.bn3)]
+    assert all(np.abs(new - old).max() > 1e-3 for new, old in zip(after, before, strict=True))
+    assert evaluate.accuracy(done.model, test, labels) > 90
+    for norm, old in zip((model.bn1, model.bn2, model.bn3), before, strict=True):
+        np.testing.assert_array_equal(norm.mean.get_value(), old)
+
+
 def test_best_epoch_on_validation_and_patience(digits, small):
     x, y, test, labels = digits
     arguments = {"validation": (test, labels), "patience": 1, "optimizer": optax.sgd(1.0)}
