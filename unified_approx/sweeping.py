@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,7 +95,7 @@ def _points(
 
 def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], Warm]:
     """One point; runs in a worker."""
-    model = nnx.merge(job.graphdef, job.state)
+    model = nnx.merge(job.graphdef, jax.tree.map(jnp.asarray, job.state))
     start = time.perf_counter()
     arguments = {**job.arguments, **point.target(), "sensitivity": job.table, "start": warm}
     result = compress(model, job.data, progress=lambda event: None, **arguments)
