@@ -23,6 +23,7 @@ import typer
 
 import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
+from unified_approx.files import replacing
 from unified_approx.memory import compact
 from unified_approx.results import check, network_row, peak_rss_mb, write_results
 
@@ -145,9 +146,8 @@ def write_one(target: Target, models: Path, data_dir: Path | None, seed: int, co
     """The body of `in_own_process`."""
     stem = f"{target.network}-{target.ratio:g}-{count}-{seed}"
     run = one_run(target, models, data_dir, seed, count, work / f"{stem}.safetensors")
-    partial = work / f"{stem}.partial"
-    partial.write_text(json.dumps(run))
-    partial.rename(work / f"{stem}.json")
+    with replacing(work / f"{stem}.json") as partial:
+        partial.write_text(json.dumps(run))
 
 
 def checks_of(rows: list[dict[str, Any]], reloaded: float) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unified_approx.files import replacing
+
 Rows = list[dict[str, Any]]
 
 
@@ -20,7 +22,6 @@ def kept(work: Path, name: str, make: Callable[[], Rows]) -> Rows:
     file = work / f"{name}.json"
     if not file.exists():
         rows = make()
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps([{"part": name.split("-")[0], **row} for row in rows], default=float))
-        partial.rename(file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps([{"part": name.split("-")[0], **row} for row in rows], default=float))
     return json.loads(file.read_text())

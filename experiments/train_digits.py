@@ -44,7 +44,7 @@ def make_step(optimizer: optax.GradientTransformation, graphdef: Any) -> Callabl
     """One jitted step on the parameters of a network without batch statistics."""
 
     def loss(params: Any, x: Float[Array, "b h w c"], y: Int[Array, " b"]) -> Float[Array, ""]:
-        logits = evaluate.forward(nnx.merge(graphdef, params), x)
+        logits = nnx.merge(graphdef, params)(x)
         targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), LABEL_SMOOTHING)
         return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 

@@ -16,16 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unified_approx.assemble import modules
+from unified_approx.calling import forward
 from unified_approx.discover import Call, find_layers
 from unified_approx.execution import Execution
 from unified_approx.graph import Graph, trace
 from unified_approx.sites import LayerSite, Observation, Path, Skipped, path_name
 
 __all__ = ["Capture", "LayerSite", "Observation", "Path", "Skipped"]
-
-
-def _default_call(model: Any, *args: Any) -> Any:
-    return model(*args)
 
 
 class Capture:
@@ -42,7 +39,7 @@ class Capture:
         compressed: the execution of the network compressed so far.
     """
 
-    def __init__(self, model: nnx.Module, batches: Iterable[Any], *, call: Callable[..., Any] = _default_call):
+    def __init__(self, model: nnx.Module, batches: Iterable[Any], *, call: Callable[..., Any] = forward):
         """Trace the network and find its layers. The model is cloned and set to evaluation mode; it is not changed.
 
         Args:

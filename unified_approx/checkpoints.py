@@ -1,14 +1,14 @@
 """Checkpoints of training runs, written by Orbax."""
 
-import json
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+from unified_approx.files import claim
 
 _KEPT = 2
 
@@ -20,23 +20,11 @@ class Checkpoints:
         """Open or create the folder.
 
         Raises:
-            ValueError: the folder holds the checkpoints of another run.
+            ValueError: the folder holds other files, or the checkpoints of another run.
         """
-        self._path = Path(path).absolute()
-        self._path.mkdir(parents=True, exist_ok=True)
-        manifest = self._path / "run.json"
-        if not manifest.exists():
-            if any(self._path.iterdir()):
-                raise ValueError(f"checkpoint_dir: {path} is not empty and holds no run.json; give a new folder")
-            manifest.write_text(json.dumps(identity))
-        elif (before := json.loads(manifest.read_text())) != json.loads(json.dumps(identity)):
-            different = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
-            raise ValueError(
-                f"checkpoint_dir: {path} belongs to a run with another {different[0] if different else 'identity'}; "
-                "give a new folder, or repeat that run's arguments"
-            )
+        folder = claim(path, "checkpoint_dir", identity).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._path / "steps", options=options)
+        self._manager = ocp.CheckpointManager(folder / "steps", options=options)
 
     def save(self, number: int, state: PyTree, history: list[dict[str, Any]]) -> None:
         """Write one checkpoint; it is there whole or not at all."""

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int
 from rich.table import Table
 
 from unified_approx.assemble import get
-from unified_approx.cost import choose_executions, fastest_dense, layer_calls, measure_latency
+from unified_approx.cost import BATCH, batch_of, choose_executions, fastest_dense, layer_calls, measure_latency
 from unified_approx.evaluate import accuracy
 from unified_approx.macs import factored_layers
 from unified_approx.pipeline import Result
@@ -21,17 +21,10 @@ from unified_approx.results import network_row
 from unified_approx.sites import path_name
 from unified_approx.storage import save
 
-BATCH = 64  # of the quoted speed-up, and what execution forms are chosen for
-
-
-def _batch(x: Float32[np.ndarray, "n ..."], size: int) -> jnp.ndarray:
-    """The first `size` images, repeated if there are fewer."""
-    return jnp.asarray(np.resize(x[:size], (size, *x.shape[1:])))
-
 
 def with_fastest_executions(result: Result, x: Float32[np.ndarray, "n ..."], rounds: int = 10) -> Result:
     """The same result, each layer in the form that is fastest here on batches of 64."""
-    model, _ = choose_executions(result.model, _batch(x, BATCH), rounds=rounds)
+    model, _ = choose_executions(result.model, batch_of(x), rounds=rounds)
     return replace(result, model=model)
 
 
@@ -51,7 +44,7 @@ def latencies(
     """
     found = {}
     for size, suffix in ((BATCH, ""), (1, "_batch1")):
-        batch = _batch(x, size)
+        batch = batch_of(x, size)
         dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
         seconds = measure_latency({"original": dense, "compressed": compressed}, batch, rounds=rounds)
         found |= {f"{name}_ms{suffix}": 1e3 * value for name, value in seconds.items()}
@@ -80,7 +73,7 @@ def layer_latencies(
     Returns:
         By layer name `original_ms`, `compressed_ms` and their ratio `speedup`, for all calls in one forward pass.
     """
-    batch = _batch(x, batch_size)
+    batch = batch_of(x, batch_size)
     dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
     calls, known, found = layer_calls(compressed, batch), {}, {}
     for path, layer in factored_layers(compressed).items():

@@ -21,13 +21,15 @@ from jaxtyping import PyTree
 
 from solvers.terms import Dense, MatrixShape, Term, index_bits
 from unified_approx.assemble import get, homes, modules, put
+from unified_approx.calling import Call, forward
 from unified_approx.im2col import Geometry, kernel_to_matrix
 from unified_approx.layers import Factored, Index, factored_class, geometry_of
 from unified_approx.layers.factored import MATMUL, MERGED
-from unified_approx.macs import Call, LayerCall, factored_layers, walk
+from unified_approx.macs import LayerCall, factored_layers, walk
 from unified_approx.sites import Path
 
 VALUE_BITS = 32  # of a float32 value
+BATCH = 64  # of the quoted speed-up, and what execution forms are chosen for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,11 @@ def break_even(shape: MatrixShape) -> BreakEven:
     return BreakEven(max(fits, default=0), (n * p - 1) // (n + p), spatial)
 
 
+def batch_of(example: PyTree, size: int = BATCH) -> PyTree:
+    """The first `size` examples, repeated if there are fewer."""
+    return jax.tree.map(lambda a: jnp.asarray(np.resize(a[:size], (size, *np.shape(a)[1:]))), example)
+
+
 def _batch_size(example: PyTree) -> int:
     for leaf in jax.tree.leaves(example):
         if np.ndim(leaf):
@@ -235,10 +242,6 @@ def with_executions(model: nnx.Module, executions: Mapping[Path, str]) -> nnx.Mo
     return clone
 
 
-def _called(module: Any, *inputs: Any) -> Any:
-    return module(*inputs)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _run_module(call: Call, graphdef: Any, state: Any, *inputs: Any) -> Any:
     return call(nnx.merge(graphdef, state), *inputs)
@@ -269,7 +272,7 @@ def measure_latency(
     calls = {}
     for name, candidate in candidates.items():
         module = isinstance(candidate, nnx.Module)
-        calls[name] = partial(_run_module, call or _called, *nnx.split(candidate)) if module else jax.jit(candidate)
+        calls[name] = partial(_run_module, call or forward, *nnx.split(candidate)) if module else jax.jit(candidate)
         jax.block_until_ready(calls[name](*inputs))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
+
+
+def floating(outputs: PyTree) -> list[Array]:
+    """The outputs that have a distance: the floating leaves."""
+    return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def divergence(

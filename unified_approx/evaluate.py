@@ -10,13 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Shaped
 
+from unified_approx.calling import Call, forward
+
 AnyArray = Array | np.ndarray
-Call = Callable[[Any, Array], Array]
-
-
-def forward(model: nnx.Module, x: Array) -> Array:
-    """The default way to run a network: `model(x)`."""
-    return model(x)  # pyright: ignore[reportCallIssue]
 
 
 @partial(jax.jit, static_argnames=("graphdef", "call"))

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Shaped
 
 from unified_approx.assemble import Identity, modules
-from unified_approx.evaluate import Call, forward
+from unified_approx.calling import Call, forward
 from unified_approx.layers import Factored
 from unified_approx.objectives import OutputMatch
 from unified_approx.pipeline import Result

@@ -12,14 +12,9 @@ from flax import nnx
 from jax.extend import core as jex_core
 
 from unified_approx.assemble import modules
+from unified_approx.calling import Call, forward
 from unified_approx.layers import Factored
 from unified_approx.sites import Path
-
-Call = Callable[..., Any]
-
-
-def _default_call(model: Any, *args: Any) -> Any:
-    return model(*args)
 
 
 @dataclass(frozen=True)
@@ -153,10 +148,10 @@ def walk(model: nnx.Module, example: tuple[Any, ...], call: Call | None) -> Walk
     def owner(path: Path) -> Path:
         return next((path[:i] for i in range(len(path)) if path[:i] in layers), path[:-1])
 
-    def forward(values: list[Any], *args: Any) -> Any:
-        return (call or _default_call)(nnx.merge(graphdef, jax.tree.unflatten(tree, values)), *args)
+    def traced(values: list[Any], *args: Any) -> Any:
+        return (call or forward)(nnx.merge(graphdef, jax.tree.unflatten(tree, values)), *args)
 
-    closed = jax.make_jaxpr(forward)([value for _, value in leaves], *example)
+    closed = jax.make_jaxpr(traced)([value for _, value in leaves], *example)
     walked = Walk(owner)
     weights = [_Source(paths=frozenset([path])) for path in paths]
     walked.run(closed, weights + [_Source(data=True)] * (len(closed.jaxpr.invars) - len(weights)))

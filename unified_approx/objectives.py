@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from unified_approx.distances import divergence, output_distance, relative_gap
+from unified_approx.distances import divergence, floating, output_distance, relative_gap
 from unified_approx.sites import Path, path_name
 from unified_approx.tap import outputs_of
 
@@ -100,7 +100,7 @@ class OutputMatch:
         Raises:
             ValueError: a block is not run.
         """
-        return _floating(call(model, x)) if not self.blocks else _block_outputs(call, model, x, self.blocks)
+        return floating(call(model, x)) if not self.blocks else _block_outputs(call, model, x, self.blocks)
 
     def loss(self, student: list[Array], teacher: list[Array], labels: Array | None = None) -> Float[Array, ""]:
         """See the class."""
@@ -112,13 +112,9 @@ class OutputMatch:
         return jnp.asarray(total / len(student[0]))
 
 
-def _floating(tree: Any) -> list[Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-
 def _block_outputs(call: Forward, model: nnx.Module, x: Array, blocks: tuple[Path, ...]) -> list[Array]:
     seen = outputs_of(model, blocks, lambda network: call(network, x))[1]
     silent = [path for path in blocks if not seen[path]]
     if silent:
         raise ValueError(f"blocks: {path_name(silent[0])!r} is not called when the network runs; name a module that is")
-    return _floating([seen[path] for path in blocks])
+    return floating([seen[path] for path in blocks])

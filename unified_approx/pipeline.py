@@ -16,10 +16,11 @@ from unified_approx.allocation.allocate import allocate
 from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import assemble
 from unified_approx.budget import Budget
+from unified_approx.calling import Call
 from unified_approx.report import ProgressBar, ProgressCallback, Report, measuring
 from unified_approx.rules import Rule
 from unified_approx.run import Calibration, Plan, Run
-from unified_approx.settings import Arguments, Call, make_arguments
+from unified_approx.settings import Arguments, make_arguments
 from unified_approx.smallest import smallest
 from unified_approx.storage import save
 from unified_approx.unread import remove_unread

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from unified_approx.files import replacing
+
 Number = int | float
 
 _PACKAGES = {
@@ -202,9 +204,8 @@ def write_results(
             raise ValueError(f"{twice[0]!r} is a field of every result file; give it another name")
         content |= fields
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-    partial.replace(target)
+    with replacing(target) as partial:
+        partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
     return target
 
 

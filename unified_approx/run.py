@@ -17,11 +17,11 @@ from threadpoolctl import threadpool_limits
 from solvers.layer import LayerFit, minimum_budget, solve
 from solvers.terms import Term, figures, total_matrix
 from unified_approx import calibration as examples
-from unified_approx.allocation import Choice, Sensitivity
+from unified_approx.allocation import Sensitivity
 from unified_approx.allocation.assign import total_cost
 from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import get, unfold
-from unified_approx.cost import NetworkCost, choose_executions, network_cost
+from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.evaluate import outputs_once
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class
@@ -87,7 +87,6 @@ class Run:
         self.settings = self._settle()
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.cost = network_cost(model, self.example, call=arguments.call)
-        self.choice: Choice | None = None
         self.latency_ratio: float | None = None
         self.matrices: dict[str, np.ndarray] = {}
 
@@ -123,22 +122,19 @@ class Run:
 
     def fingerprint(self) -> str:
         """Identifies everything that the solved layers depend on."""
-        state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
-        return fingerprint(self.arguments.identity(), nnx.to_pure_dict(state), self.data)
+        return fingerprint(self.arguments.identity(), self.model, self.data)
 
     def sensitivity_identity(self, method: str) -> str:
         """Identifies everything that a sensitivity table depends on; budgets do not count."""
-        state = nnx.state(self.model, nnx.Any(nnx.Param, nnx.BatchStat))
         sizes = {site.name: self.settings[site.path].options.group for site in self.capture.sites}
-        timed = self.arguments.budget is not None and self.arguments.budget.latency is not None
         settings = {
             "method": method,
-            "timed": timed,
+            "timed": self.arguments.timed,
             "groups": sizes,
             "held_out": self.held_out_from,
             "seed": self.arguments.seed,
         }
-        return fingerprint(settings, nnx.to_pure_dict(state), self.data)
+        return fingerprint(settings, self.model, self.data)
 
     def positions(self, site: LayerSite) -> int:
         """Output positions of a layer per example, all of its calls together."""
@@ -147,10 +143,7 @@ class Run:
     @cached_property
     def timer(self) -> LayerTimer | None:
         """Times layers and networks on this machine, if the budget limits seconds."""
-        budget = self.arguments.budget
-        if budget is None or budget.latency is None:
-            return None
-        return LayerTimer(self.model, self.example, self.arguments.call)
+        return LayerTimer(self.model, self.example, self.arguments.call) if self.arguments.timed else None
 
     def report(self, new: nnx.Module, layers: Sequence[LayerRow], removed: Mapping[str, int], seconds: float) -> Report:
         """Rows of all layers, skipped ones last, and the totals of the whole network.
@@ -237,8 +230,8 @@ class Run:
         """The network in its fastest executions, timed against the original, if the budget limits seconds."""
         if self.timer is None:
             return new
-        self.latency_ratio = self.timer.ratio_to_dense(new)
-        return choose_executions(new, self.timer.batch, call=self.arguments.call)[0]
+        fast, self.latency_ratio = self.timer.against_dense(new)
+        return fast
 
     def plan(self) -> Plan:
         """What would be done, with estimates from the sizes of the layers."""

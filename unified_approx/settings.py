@@ -1,6 +1,5 @@
 """The arguments of a run, checked before any work is done."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +10,9 @@ from jax.sharding import Mesh
 from solvers.layer import LayerOptions, minimum_budget
 from solvers.sharding import Devices, row_mesh
 from unified_approx.budget import Budget
+from unified_approx.calling import Call, forward
 from unified_approx.rules import Rule
 from unified_approx.sites import LayerSite
-
-Call = Callable[..., Any]
-
 
 ALLOCATIONS = ("kl", "fisher", "uniform")
 
@@ -69,7 +66,7 @@ class Arguments:
         _check_target(self.budget, self.lambda_sparse, self.lambda_rank, self.rules)
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation: {self.allocation!r} is unknown; choose one of {', '.join(ALLOCATIONS)}")
-        if self.allocation == "uniform" and self.budget is not None and self.budget.latency is not None:
+        if self.allocation == "uniform" and self.budget is not None and self.timed:
             raise ValueError(
                 f"allocation: 'uniform' knows no seconds, which {self.budget.describe()} limits; use kl or fisher"
             )
@@ -82,6 +79,11 @@ class Arguments:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size}; give at least 1")
         _ = self.mesh  # raises for too many devices
+
+    @property
+    def timed(self) -> bool:
+        """Whether the budget limits seconds."""
+        return self.budget is not None and self.budget.latency is not None
 
     @property
     def mesh(self) -> Mesh | None:
@@ -97,7 +99,7 @@ class Arguments:
         options = LayerOptions(**{**vars(self.options), **changes})
         if self.budget is not None and self.budget.macs is not None:
             options = _counted_in_macs(options, site)
-        if self.budget is not None and self.budget.latency is not None:
+        if self.timed:
             options = replace(options, gauge=False, group="channel", form=("columns", "low_rank"))
         if rule.keep:
             return Settings(options=options, dense="by rule")
@@ -194,5 +196,5 @@ def make_arguments(
     given = {"form": form, "group": group, "round_to": round_to}
     changes = {name: value for name, value in given.items() if value is not None}
     rest["rules"] = tuple(rest.get("rules", ()))
-    rest["call"] = rest.get("call") or (lambda model, batch: model(batch))
+    rest["call"] = rest.get("call") or forward
     return Arguments(options=LayerOptions(**{**base, **changes}), **rest)

@@ -11,7 +11,8 @@ from jaxtyping import Shaped
 
 from unified_approx import calibration as examples
 from unified_approx.budget import Budget
-from unified_approx.evaluate import accuracy, forward
+from unified_approx.calling import forward
+from unified_approx.evaluate import accuracy
 
 _TRIALS = 6
 _RANGE = (0.05, 0.95)

@@ -23,6 +23,7 @@ from unified_approx import calibration as examples
 from unified_approx.allocation import Sensitivity
 from unified_approx.budget import Budget
 from unified_approx.evaluate import accuracy
+from unified_approx.files import replacing
 from unified_approx.pipeline import compress, sensitivity
 from unified_approx.work_dir import fingerprint
 
@@ -163,9 +164,8 @@ class SweepFile:
         rows = [self.rows[i] for i in sorted(self.rows)]
         schema = _SCHEMA.with_metadata({_IDENTITY: self._identity.encode()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
-        partial.replace(self.path)
+        with replacing(self.path) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial)
 
 
 def read_table(path: str | PathLike[str]) -> pa.Table:
@@ -292,6 +292,5 @@ def _run(job: _Job, points: Sequence[Point], done: Mapping[int, Any], executor: 
 
 
 def _identity(model: nnx.Module, data: Any, points: Sequence[Point], arguments: Mapping[str, Any]) -> str:
-    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
     settings = {"points": [repr(p) for p in points], **{k: repr(v) for k, v in arguments.items() if k != "call"}}
-    return fingerprint(settings, nnx.to_pure_dict(state), data)
+    return fingerprint(settings, model, data)

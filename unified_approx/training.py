@@ -14,8 +14,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
+from unified_approx.calling import Call, forward
 from unified_approx.checkpoints import Checkpoints
-from unified_approx.evaluate import Call, accuracy, forward
+from unified_approx.evaluate import accuracy
 from unified_approx.objectives import CrossEntropy, Objective
 
 Prepare = Callable[[Array], Array]

@@ -16,9 +16,10 @@ from jaxtyping import Bool, PyTree
 
 from unified_approx import calibration
 from unified_approx.assemble import get, homes, modules, put
+from unified_approx.calling import Call, forward
 from unified_approx.channels import UNKNOWN, ChannelFlow, Numbers, channel_flow
 from unified_approx.discover import find_layers
-from unified_approx.evaluate import Call, forward, outputs_once
+from unified_approx.evaluate import outputs_once
 from unified_approx.graph import trace
 from unified_approx.layers import Factored
 from unified_approx.narrow import Layer, dense_layer, narrow_layer, narrow_norm, shape_of, terms_of

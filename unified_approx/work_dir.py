@@ -2,27 +2,29 @@
 
 import hashlib
 import json
-import os
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from solvers.terms import TERMS, Term
 from unified_approx.allocation.sensitivity import Sensitivity
+from unified_approx.files import claim, replacing
 
 _SENSITIVITY = "sensitivity.json"
-_MANIFEST = "run.json"
 
 
-def fingerprint(settings: dict[str, Any], *trees: PyTree) -> str:
-    """SHA-256 of the settings and of every array: two runs agree on it only if they would do the same."""
+def fingerprint(settings: dict[str, Any], model: nnx.Module, data: PyTree) -> str:
+    """SHA-256 of the settings, the weights and the data: two runs agree on it only if they would do the same."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
-    for leaf in jax.tree.leaves(trees):
+    weights = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    for leaf in jax.tree.leaves((weights, data)):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
@@ -32,33 +34,8 @@ def fingerprint(settings: dict[str, Any], *trees: PyTree) -> str:
 class WorkDir:
     """A folder of solved layers that belongs to one run."""
 
-    def __init__(self, path: str | os.PathLike[str], run: str) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        manifest = self.path / _MANIFEST
-        if manifest.exists():
-            self._check(manifest, run)
-            return
-        if any(self.path.iterdir()):
-            raise ValueError(f"work_dir: {self.path} is not empty and holds no {_MANIFEST}; give a new folder")
-        self._write(manifest, json.dumps({"run": run}))
-
-    def _check(self, manifest: Path, run: str) -> None:
-        try:
-            found = json.loads(manifest.read_text()).get("run")
-        except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"work_dir: {manifest} cannot be read ({error}); delete the folder") from error
-        if found != run:
-            raise ValueError(
-                f"work_dir: {self.path} belongs to another run (other weights, data or settings); "
-                "give a new folder, or repeat that run's arguments"
-            )
-
-    @staticmethod
-    def _write(target: Path, text: str) -> None:
-        partial = target.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(target)
+    def __init__(self, path: str | PathLike[str], run: str) -> None:
+        self.path = claim(path, "work_dir", {"weights, data or settings": run})
 
     def _file(self, index: int) -> Path:
         return self.path / f"layer-{index:04d}.safetensors"
@@ -70,9 +47,8 @@ class WorkDir:
         for i, term in enumerate(terms):
             tensors |= {f"{i}.{name}": np.ascontiguousarray(value) for name, value in vars(term).items()}
         header = {"kinds": [kinds[type(term)] for term in terms], "row": row}
-        partial = self._file(index).with_suffix(".partial")
-        save_file(tensors, partial, metadata={"layer": json.dumps(header)})
-        partial.replace(self._file(index))
+        with replacing(self._file(index)) as partial:
+            save_file(tensors, partial, metadata={"layer": json.dumps(header)})
 
     def keep_sensitivity(self, table: Sensitivity) -> None:
         """Write the table that the run's allocation was made from."""

@@ -10,7 +10,7 @@ from networks import build, nested
 
 import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
-from unified_approx.evaluate import forward
+from unified_approx.calling import forward
 from unified_approx.finetuning import MATCH_RECIPE
 from unified_approx.objectives import OutputMatch
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from unified_approx import evaluate, zoo
+from unified_approx.calling import forward
 from unified_approx.distances import output_distance, relative_gap
-from unified_approx.evaluate import forward
 from unified_approx.objectives import CrossEntropy, OutputMatch
 from unified_approx.training import Recipe
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from unified_approx import datasets, streams, zoo
+from unified_approx.calling import forward
 from unified_approx.capture import Capture
-from unified_approx.evaluate import forward
 from unified_approx.streams import Streams
 
 HELD_OUT_FROM = 50

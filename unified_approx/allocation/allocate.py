@@ -87,7 +87,7 @@ def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str,
     after = network_cost(network, run.example, call=run.arguments.call)
     found = {k: total_cost(after, k) / total_cost(run.cost, k) for k in names if k != "latency"}
     if run.timer is not None:
-        found["latency"] = run.timer.ratio_to_dense(network)
+        found["latency"] = run.timer.against_dense(network)[1]
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from unified_approx.distances import is_logits, output_distance
+from unified_approx.distances import floating, is_logits, output_distance
 from unified_approx.sites import Path
 
 Flat = Mapping[tuple[Any, ...], Any]
@@ -30,8 +30,7 @@ def _derivative(call: Callable[..., Any], graphdef: Any, flat: Any, change: Any,
 
     def outputs(values: Any) -> list[Array]:
         state = nnx.from_flat_state({key: v.replace(values[key]) if key in values else v for key, v in flat.items()})
-        out = jax.tree.leaves(call(nnx.merge(graphdef, state), batch))
-        return [leaf for leaf in out if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return floating(call(nnx.merge(graphdef, state), batch))
 
     base = {key: flat[key][...] for key in change}
     return jax.jvp(outputs, (base,), (change,))[1]
@@ -66,8 +65,7 @@ class Probe:
 
     def _outputs(self, flat: Flat, batch: PyTree) -> list[Array]:
         state = nnx.from_flat_state(flat)
-        out = jax.tree.leaves(_forward(self._call, self._graphdef, state, batch))
-        return [leaf for leaf in out if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return floating(_forward(self._call, self._graphdef, state, batch))
 
     def loss(self, path: Path, layer: nnx.Module) -> float:
         """Mean distance of the outputs from the reference's, in nats, with `layer` at `path`."""

@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from unified_approx.allocation.menu import Item, LayerMenu
 from unified_approx.allocation.timing import Clock
+from unified_approx.files import replacing
 
 _VERSION = 1
-METHODS = ("kl", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,8 @@ class Sensitivity:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write as JSON."""
-        target = FilePath(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1))
-        partial.replace(target)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Sensitivity":

@@ -3,19 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, PyTree
 
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Term
 from unified_approx.allocation.menu import Item
-from unified_approx.cost import Stopwatch, choose_executions, fastest_dense, layer_calls, measure_latency
+from unified_approx.calling import Call
+from unified_approx.cost import Stopwatch, batch_of, choose_executions, fastest_dense, layer_calls, measure_latency
 from unified_approx.layers import Factored, factored_class
-from unified_approx.macs import Call
 from unified_approx.sites import LayerSite, Path
 
-BATCH = 64  # examples per timed call
 _SHARES = (0.05, 0.2, 0.4, 0.7)  # of the largest size; between them seconds are interpolated
 
 
@@ -67,12 +65,12 @@ class LayerTimer:
         layers = {site.name: min(self._seconds(site, None).values()) for site in sites}
         return Clock(original=whole, layers=layers)
 
-    def ratio_to_dense(self, model: nnx.Module) -> float:
-        """Seconds of a network in its fastest executions over those of the original, interleaved runs."""
+    def against_dense(self, model: nnx.Module) -> tuple[nnx.Module, float]:
+        """A network in its fastest executions, and its seconds over those of the original, interleaved runs."""
         fast, _ = choose_executions(model, self.batch, call=self._call, rounds=self._rounds)
         both = {"original": self._dense, "new": fast}
         found = measure_latency(both, self.batch, call=self._call, rounds=2 * self._rounds)
-        return found["new"] / found["original"]
+        return fast, found["new"] / found["original"]
 
     def timed(self, site: LayerSite, items: Sequence[Item]) -> list[Item]:
         """The items with their seconds: never more than dense, because a layer that gains nothing can be merged."""
@@ -104,8 +102,3 @@ class LayerTimer:
 
     def _paths(self, site: LayerSite) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((site.path, *site.homes)))
-
-
-def batch_of(example: PyTree) -> PyTree:
-    """The first 64 examples, repeated if there are fewer."""
-    return jax.tree.map(lambda a: jax.numpy.asarray(np.resize(a[:BATCH], (BATCH, *np.shape(a)[1:]))), example)

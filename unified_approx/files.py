@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all, and folders that belong to one run."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+_MANIFEST = "run.json"
+
+
+@contextmanager
+def replacing(target: str | PathLike[str]) -> Iterator[Path]:
+    """A file beside `target` to write to; it takes the target's place when the block ends without an error."""
+    final = Path(target)
+    partial = final.with_name(final.name + ".partial")
+    yield partial
+    partial.replace(final)
+
+
+def claim(folder: str | PathLike[str], argument: str, identity: dict[str, Any]) -> Path:
+    """Make a folder that belongs to one run, or see that it is that run's.
+
+    Args:
+        folder: new, empty, or claimed before.
+        argument: its name in the caller's signature, for the errors.
+        identity: of the run, JSON-able.
+
+    Raises:
+        ValueError: the folder holds other files, another run's, or a damaged manifest.
+    """
+    path, wanted = Path(folder), json.loads(json.dumps(identity))
+    path.mkdir(parents=True, exist_ok=True)
+    manifest = path / _MANIFEST
+    if not manifest.exists():
+        if any(path.iterdir()):
+            raise ValueError(f"{argument}: {path} is not empty and holds no {_MANIFEST}; give a new folder")
+        with replacing(manifest) as partial:
+            partial.write_text(json.dumps(wanted))
+        return path
+    try:
+        found = dict(json.loads(manifest.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{argument}: {manifest} cannot be read ({error}); delete the folder") from error
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        raise ValueError(
+            f"{argument}: {path} belongs to another run (its {different[0]} differs); give a new folder, or repeat "
+            "that run's arguments"
+        )
+    return path
