@@ -83,6 +83,9 @@ def compress(
     form: Annotated[
         str, typer.Option(help="best, columns, low_rank, sum, two_level, spatial or admm (the paper's method).")
     ] = "best",
+    round_to: Annotated[
+        int, typer.Option(help="Round kept columns and ranks down to multiples of this, 8 for example.")
+    ] = 1,
     m_step: Annotated[str, typer.Option(help="M step of the ADMM: mm (no learning rate) or sgd (the paper's).")] = "mm",
     calibration: Annotated[int, typer.Option(help="Training images to calibrate on.")] = 2000,
     rows: Annotated[int | None, typer.Option(help="Sampled output positions per layer.")] = None,
@@ -114,7 +117,7 @@ def compress(
     with errors(debug):
         check_outputs(out=out, json=json_file)
         settings = {**_settings(budget, lambda_sparse, lambda_rank, keep), "allocation": allocation}
-        options = _options(form, group, m_step)
+        options = _options(form, group, m_step, round_to)
         from solvers.sharding import row_mesh
         from unified_approx import comparison, pipeline, resolve
         from unified_approx.evaluate import accuracy
@@ -177,7 +180,7 @@ def _settings(
     }
 
 
-def _options(form: str, group: str, m_step: str) -> Any:
+def _options(form: str, group: str, m_step: str, round_to: int) -> Any:
     from dataclasses import replace
 
     from solvers.layer import LayerOptions
@@ -187,7 +190,7 @@ def _options(form: str, group: str, m_step: str) -> Any:
     m_steps = {"mm": MajorizeMinimize, "sgd": Sgd}
     if m_step not in m_steps:
         raise ValueError(f"--m-step: {m_step!r} is unknown; choose {' or '.join(m_steps)}")
-    options = LayerOptions(form=form, group=group)
+    options = LayerOptions(form=form, group=group, round_to=round_to)
     return replace(options, admm=replace(options.admm, m_step=m_steps[m_step]()))
 
 
@@ -202,6 +205,8 @@ def _show_plan(console: Console, plan: "Plan") -> None:
     console.print(table)
     if plan.kept:
         console.print(f"kept by rule: {', '.join(plan.kept)}")
+    for name, reason in plan.dense:
+        console.print(f"left as it is: {name}: {reason}")
     for name, reason in plan.skipped:
         console.print(f"skipped: {name}: {reason}")
     console.print(

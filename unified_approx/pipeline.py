@@ -20,7 +20,7 @@ from unified_approx.calling import Call
 from unified_approx.report import ProgressBar, ProgressCallback, Report, measuring
 from unified_approx.rules import Rule
 from unified_approx.run import Calibration, Plan, Run
-from unified_approx.settings import Arguments, make_arguments
+from unified_approx.settings import MEASURED, Arguments, make_arguments
 from unified_approx.smallest import smallest
 from unified_approx.storage import save
 from unified_approx.unread import remove_unread
@@ -210,6 +210,8 @@ def sensitivity(
     Raises:
         ValueError: as `compress`.
     """
+    if method not in MEASURED:
+        raise ValueError(f"method: {method!r} is unknown; choose {' or '.join(MEASURED)}")
     given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
     run = Run(
         model,

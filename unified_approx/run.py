@@ -29,7 +29,7 @@ from unified_approx.narrow import terms_of
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
-from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
+from unified_approx.settings import BY_RULE, Arguments, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
 from unified_approx.streams import Streams
 from unified_approx.work_dir import WorkDir, fingerprint
@@ -56,7 +56,7 @@ class Plan:
         minimum_params: the smallest reachable budget, as a fraction of each selected layer.
         memory_mb: estimate of the peak working memory beyond JAX itself, in MB (10^6 bytes).
         seconds: estimate of the time of the solves.
-        dense: name and reason of the layers that stay as they are under the budget.
+        dense: name and reason of the layers that the budget leaves as they are.
         sensitivity: the table that the budget was shared by.
     """
 
@@ -257,9 +257,11 @@ class Run:
             least = max(least, minimum_budget(shape) / (n * p))
             memory = max(memory, 1.25 * d * (p + 3 * n) * 4 + 20 * p * p * 8)
             flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
+        dense = [(s.name, reason) for s in self.capture.sites if (reason := self.settings[s.path].dense)]
         return Plan(
             layers=tuple(layers),
-            kept=tuple(site.name for site in self.capture.sites if self.settings[site.path].dense),
+            kept=tuple(name for name, reason in dense if reason == BY_RULE),
+            dense=tuple((name, reason) for name, reason in dense if reason != BY_RULE),
             skipped=tuple((s.name, s.reason) for s in self.capture.skipped),
             minimum_params=least,
             memory_mb=(memory + 2 * sum(a.nbytes for a in jax.tree.leaves(self.data))) / 1e6,

@@ -14,7 +14,10 @@ from unified_approx.calling import Call, forward
 from unified_approx.rules import Rule
 from unified_approx.sites import LayerSite
 
-ALLOCATIONS = ("kl", "fisher", "uniform")
+MEASURED = ("kl", "fisher")  # ways to measure what the network's output feels
+ALLOCATIONS = (*MEASURED, "uniform")
+SIZED = ("columns", "low_rank")  # forms whose size alone tells what they cost and how long they take
+BY_RULE = "by rule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,11 @@ class Settings:
     fraction: float | None = None
     penalties: tuple[float, float] | None = None
     dense: str = ""
+
+    @property
+    def sized(self) -> tuple[str, ...]:
+        """Forms among which form and size decide what the layer will cost; none if that is only known once solved."""
+        return _sized(self.options) if self.options.group == "channel" else ()
 
     @property
     def open(self) -> bool:
@@ -100,9 +108,9 @@ class Arguments:
         if self.budget is not None and self.budget.macs is not None:
             options = _counted_in_macs(options, site)
         if self.timed:
-            options = replace(options, gauge=False, group="channel", form=("columns", "low_rank"))
+            options = _counted_in_seconds(options, site)
         if rule.keep:
-            return Settings(options=options, dense="by rule")
+            return Settings(options=options, dense=BY_RULE)
         if rule.budget is not None:
             return Settings(options=options, fraction=rule.budget.params)
         own = (rule.lambda_sparse, rule.lambda_rank) != (None, None)
@@ -137,6 +145,21 @@ def _counted_in_macs(options: LayerOptions, site: LayerSite) -> LayerOptions:
     if any(stride != 1 for stride in site.geometry.strides):
         forms = tuple(form for form in forms if form != "spatial") or forms
     return replace(options, gauge=False, form=forms)
+
+
+def _sized(options: LayerOptions) -> tuple[str, ...]:
+    return tuple(form for form in SIZED if form in options.wanted())
+
+
+def _counted_in_seconds(options: LayerOptions, site: LayerSite) -> LayerOptions:
+    """Options under which the sizes that were timed are those that a solve finds: whole channels and ranks."""
+    forms = _sized(options)
+    if not forms:
+        raise ValueError(
+            f"form: {options.form!r} of layer {site.name!r} cannot be timed before it is solved, which "
+            f"Budget(latency=...) needs; choose best, {' or '.join(SIZED)}"
+        )
+    return replace(options, gauge=False, group="channel", form=forms)
 
 
 _REMEDY = "give budget=Budget(params=0.5), or both lambda_sparse and lambda_rank"

@@ -49,15 +49,11 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
                 "sensitivity: the table is of another network, other data or groups, or timed where this run is not "
                 "(or the other way round); leave it out"
             )
-        run.settings |= _rehearsed(run, budget, table) if _predictable(run) else assign_by_loss(run, budget, table)[0]
+        predictable = all(s.sized for s in run.settings.values() if s.open)
+        run.settings |= _rehearsed(run, budget, table) if predictable else assign_by_loss(run, budget, table)[0]
     for site in run.capture.sites:
         check_reachable(site, run.settings[site.path])
     return table
-
-
-def _predictable(run: "Run") -> bool:
-    """Whether form and size decide what a layer will cost: whole channels, whose producers shrink with them."""
-    return all(s.options.group == "channel" for s in run.settings.values() if s.open)
 
 
 def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Settings]:
@@ -68,9 +64,9 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
     """
     limits = budget.given()
     scale = dict.fromkeys(limits, 1.0)
+    found, choice = assign_by_loss(run, budget, table)
     best: dict[Path, Settings] | None = None
     for _ in range(_REHEARSALS):
-        found, choice = assign_by_loss(run, budget, table, scale)
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
         if max(used.values()) <= 1:
             best = found
@@ -78,6 +74,10 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
             break
         # Savings in two layers at once make the cost nearly quadratic in the limit: half a step never overshoots far.
         scale = {name: s * (_AIM / max(used.values())) ** 0.6 for name, s in scale.items()}
+        try:
+            found, choice = assign_by_loss(run, budget, table, scale)
+        except ValueError:  # moved below what the layers can reach: the budget itself is not at fault
+            break
     return found if best is None else best
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from solvers.layer import minimum_budget
 from unified_approx.allocation.knapsack import Choice, choose
+from unified_approx.allocation.menu import LayerMenu
 from unified_approx.allocation.sensitivity import Sensitivity
 from unified_approx.allocation.timing import Clock
 from unified_approx.budget import Budget
@@ -92,7 +93,7 @@ def assign_by_loss(
 ) -> tuple[dict[Path, Settings], Choice]:
     """The sizes of least expected loss within all limits; where forms differ in more than their error, those too."""
     sites, limits = _open_sites(run), open_limits(run, budget, table.clock, scale)
-    menus = [next(m for m in table.menus if m.name == site.name) for site in sites]
+    menus = [_menu(table, site, run.settings[site.path].sized) for site in sites]
     _check_reachable(run, sites, budget, limits, table)
     choice = choose(menus, limits)
     found = {}
@@ -102,10 +103,16 @@ def assign_by_loss(
             found[site.path] = replace(settings, dense=DENSE)
         else:
             fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
-            if settings.options.group == "channel":
+            if settings.sized:
                 settings = replace(settings, options=replace(settings.options, form=item.form))
             found[site.path] = replace(settings, fraction=fraction)
     return found, choice
+
+
+def _menu(table: Sensitivity, site: LayerSite, forms: tuple[str, ...]) -> LayerMenu:
+    """The layer's sizes; where the form is settled with the size, in the given forms only."""
+    menu = next(m for m in table.menus if m.name == site.name)
+    return replace(menu, items=tuple(i for i in menu.items if not forms or i.form in (*forms, "dense")))
 
 
 def _open_sites(run: "Run") -> list[LayerSite]:
