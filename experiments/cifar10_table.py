@@ -4,28 +4,45 @@
 
 Budgets are shared over the layers on calibration images; the test images are only measured on. With --epochs both the
 compressed network and the original are trained on by the same recipe, and the drop counts against the better original.
-Finished stages are kept in the work folder, so that a killed run goes on.
+Finished stages are kept in the work folder, so that a killed run goes on; one sensitivity table serves all budgets.
 """
 
 import json
+import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import published
 import typer
+from flax import nnx
 
 import unified_approx as ua
 from unified_approx import comparison, datasets, evaluate, zoo
-from unified_approx.finetuning import finetune
 from unified_approx.memory import compact
-from unified_approx.results import network_row, peak_rss_mb, write_results
+from unified_approx.results import peak_rss_mb, write_results
 from unified_approx.training import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 5000  # training images on which epochs are chosen; never calibrated or trained on
+
+
+class Images(NamedTuple):
+    """CIFAR-10: raw training images, of which the first `HELD_OUT` are held out, and test images prepared."""
+
+    x: np.ndarray
+    y: np.ndarray
+    test: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def load(cls, entry: zoo.ZooEntry, data: Path | None, seed: int) -> "Images":
+        """From a folder, in an order of the seed."""
+        found = datasets.load("cifar10", data)
+        order = np.random.default_rng(seed).permutation(len(found.x_train))
+        return cls(found.x_train[order], found.y_train[order], entry.preprocess(found.x_test), found.y_test)
 
 
 def main(
@@ -47,72 +64,91 @@ def main(
 ) -> None:
     """Make one row of the table."""
     start = time.perf_counter()
-    entry, images = zoo.entry(network), datasets.load("cifar10", data)
-    model = published.load(network, models)
-    fast, _ = ua.fastest_dense(model, entry.preprocess(images.x_test[:64]))
-    order = np.random.default_rng(seed).permutation(len(images.x_train))
-    chosen = images.x_train[order[HELD_OUT:][:calibration]]
-    test = entry.preprocess(images.x_test)
-    parts = (network, budget.replace("=", ""), allocation, form, group, calibration, seed)
-    name = "-".join(str(part) for part in parts)
-    work = work_dir / name
-    rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
-    arguments = {"rules": rules, "form": form, "group": group, "allocation": allocation, "seed": seed}
+    asked = {k: v for k, v in locals().items() if k not in ("start", "data", "models", "work_dir", "json_file")}
+    kind = "-".join(map(str, (network, allocation, group, calibration, seed, *(keep or ())))).replace("/", "_")
+    name = f"{kind}-{budget}-{form}".replace("=", "").replace(",", "-")
+    entry = zoo.entry(network)
+    images, model = Images.load(entry, data, seed), published.load(network, models)
+    fast, _ = ua.fastest_dense(model, images.test[:64])
+    reference = evaluate.accuracy(fast, images.test, images.labels)
+    shared = {"rules": [ua.Rule(path=pattern, keep=True) for pattern in keep or ()], "group": group, "seed": seed}
+    chosen = entry.preprocess(images.x[HELD_OUT:][:calibration])
     with compact():
+        table = None
+        if allocation != "uniform":
+            table = _table(work_dir / f"{kind}.json", model, chosen, allocation, shared)
         clock = time.perf_counter()
         result = ua.compress(
-            model, entry.preprocess(chosen), budget=ua.Budget.parse(budget), work_dir=work / "layers", **arguments
+            model,
+            chosen,
+            budget=ua.Budget.parse(budget),
+            form=form,
+            allocation=allocation,
+            sensitivity=table,
+            work_dir=work_dir / name / "layers",
+            **shared,
         )
-        solve_seconds = time.perf_counter() - clock
-    reference = evaluate.accuracy(fast, test, images.y_test)
-    more: dict[str, Any] = {"accuracy_without_training": evaluate.accuracy(result.model, test, images.y_test)}
+    more: dict[str, Any] = {
+        "solve_seconds": time.perf_counter() - clock,
+        "sensitivity_seconds": 0.0 if table is None else table.seconds,
+        "solve_peak_rss_mb": peak_rss_mb(),
+        "accuracy_without_training": evaluate.accuracy(result.model, images.test, images.labels),
+    }
     if epochs:
         recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
-        train, held = order[HELD_OUT:], order[:HELD_OUT]
-
-        def prepare(x: Any) -> Any:
-            n = entry.normalization(None)
-            return (x.astype(jnp.float32) / n.scale - n.mean) / n.std
-
-        shared = {"validation": (images.x_train[held], images.y_train[held]), "prepare": prepare, "progress": print}
-        xy = images.x_train[train], images.y_train[train]
-        tuned = finetune(result, *xy, recipe, original=fast, checkpoint_dir=work / f"compressed-{epochs}", **shared)
-        original = finetune(fast, *xy, recipe, checkpoint_dir=work / f"original-{epochs}", **shared)
-        more["reference_finetuned_accuracy"] = evaluate.accuracy(original.model, test, images.y_test)
-        result = ua.Result(model=tuned.model, report=result.report)
-    result = comparison.with_fastest_executions(result, test)
-    times = comparison.latencies(model, result.model, test)
-    before, after = comparison.file_sizes(model, result, work / "network.safetensors")
-    report = result.report
-    row = network_row(
-        network=network,
-        method="admm",
-        budget=budget,
+        tuned, original = _trained(entry, images, result, fast, recipe, work_dir / name, work_dir / kind)
+        more["reference_finetuned_accuracy"] = evaluate.accuracy(original, images.test, images.labels)
+        result = ua.Result(model=tuned, report=result.report)
+    row = comparison.compare(
+        network,
+        model,
+        comparison.with_fastest_executions(result, images.test),
+        images.test,
+        images.labels,
         reference_accuracy=reference,
-        accuracy=evaluate.accuracy(result.model, test, images.y_test),
-        params_ratio=report.params_ratio,
-        cr=report.cr,
-        macs_ratio=report.macs_ratio,
-        bytes_ratio=before / after,
-        file_bytes=after,
-        speedup=times["original_ms"] / times["compressed_ms"],
-        speedup_batch1=times["original_ms_batch1"] / times["compressed_ms_batch1"],
+        out=work_dir / name / "network.safetensors",
         finetune_epochs=epochs,
-        **times,
+        **{k: v for k, v in asked.items() if k in ("allocation", "form", "group", "calibration")},
         **more,
-        allocation=allocation,
-        form=form,
-        group=group,
-        calibration=calibration,
-        solve_seconds=solve_seconds,
-        solve_peak_rss_mb=peak_rss_mb(),
-        forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in report.layers},
+        forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in result.report.layers},
     )
     out = json_file or RESULTS / f"cifar10-{name}{f'-{epochs}epochs' if epochs else ''}.json"
-    command = f"python experiments/cifar10_table.py --network {network} --budget {budget} --epochs {epochs}"
-    command += f" --calibration {calibration} --allocation {allocation} --form {form} --group {group} --seed {seed}"
-    write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed)
+    write_results(out, _command(asked), [row], seconds=time.perf_counter() - start, seed=seed)
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
+
+
+def _command(asked: dict[str, Any]) -> str:
+    words = ["python", "experiments/cifar10_table.py"]
+    for name, value in asked.items():
+        for item in value if isinstance(value, list) else [value] if value is not None else []:
+            words += [f"--{name.replace('_', '-')}", str(item)]
+    return shlex.join(words)
+
+
+def _table(file: Path, model: nnx.Module, chosen: Any, method: str, shared: dict[str, Any]) -> ua.Sensitivity:
+    """The sensitivity table, measured once for all budgets."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        ua.sensitivity(model, chosen, method=method, **shared).save(file)
+    return ua.Sensitivity.load(file)
+
+
+def _trained(
+    entry: zoo.ZooEntry, images: Images, result: ua.Result, original: nnx.Module, recipe: Recipe, work: Path, base: Path
+) -> tuple[nnx.Module, nnx.Module]:
+    """The compressed network and the original, both trained on with the same recipe."""
+    n = entry.normalization(None)
+
+    def prepare(x: Any) -> Any:
+        return (x.astype(jnp.float32) / n.scale - n.mean) / n.std
+
+    held = images.x[:HELD_OUT], images.y[:HELD_OUT]
+    train = images.x[HELD_OUT:], images.y[HELD_OUT:]
+    common = {"validation": held, "prepare": prepare, "progress": print}
+    folder = f"{recipe.epochs}-{recipe.learning_rate:g}"
+    tuned = ua.finetune(result, *train, recipe, original=original, checkpoint_dir=work / f"tuned-{folder}", **common)
+    again = ua.finetune(original, *train, recipe, checkpoint_dir=base / f"original-{folder}", **common)
+    return tuned.model, again.model
 
 
 if __name__ == "__main__":
