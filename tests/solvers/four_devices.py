@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backen
 import jax
 import jax.numpy as jnp
 import numpy as np
+from problems import near_low_rank
 
 from solvers import admm, gram_statistics, penalized_fractions, refine
 from solvers.admm_state import AdmmOptions
@@ -32,13 +33,10 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 
 def make(d, seed=0):
     """Rows of correlated features with an offset, and the responses of a matrix that is near low rank."""
-    world, rng = np.random.default_rng(7), np.random.default_rng(seed)
-    n, p = SHAPE.n, SHAPE.p
-    mix = world.normal(size=(p, p)) * np.geomspace(1, 0.05, p)
-    w = world.normal(size=(n, 5)) @ world.normal(size=(5, p)) / np.sqrt(p) + 0.1 * world.normal(size=(n, p))
-    x = np.maximum(rng.normal(size=(d, p)) @ mix.T, 0).astype(np.float32)
+    x, w = near_low_rank(SHAPE, d, seed)
+    rng, n = np.random.default_rng(seed + 1), SHAPE.n
     offset = rng.normal(size=(d, n)).astype(np.float32)
-    h = jnp.asarray(x @ w.T.astype(np.float32) - 0.2 + offset)
+    h = jnp.asarray(x @ w.T - 0.2 + offset)
     return LayerProblem(
         x=jnp.asarray(x),
         y=jnp.maximum(h, 0),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import near_low_rank
 
 from solvers.layer import FORM_NAMES, LayerOptions, dense, minimum_budget, solve
 from solvers.reconstruction import LayerProblem, relative_error
@@ -25,14 +26,11 @@ def strict_double_precision():
 
 def make(d, seed=0):
     """Rows of correlated features, and the responses of a matrix that is near low rank."""
-    world, rng = np.random.default_rng(7), np.random.default_rng(seed)
-    n, p = SHAPE.n, SHAPE.p
-    mix = world.normal(size=(p, p)) * np.geomspace(1, 0.05, p)
-    w = world.normal(size=(n, 5)) @ world.normal(size=(5, p)) / np.sqrt(p) + 0.1 * world.normal(size=(n, p))
-    x = np.maximum(rng.normal(size=(d, p)) @ mix.T, 0).astype(np.float32)
-    h = jnp.asarray(x @ w.T.astype(np.float32) - 0.2)
+    x, w = near_low_rank(SHAPE, d, seed)
+    n = SHAPE.n
+    h = jnp.asarray(x @ w.T - 0.2)
     problem = LayerProblem(x=jnp.asarray(x), y=jnp.maximum(h, 0), response=h, bias=jnp.full(n, -0.2, jnp.float32))
-    return problem, jnp.asarray(w, jnp.float32)
+    return problem, jnp.asarray(w)
 
 
 @pytest.fixture(scope="module")
