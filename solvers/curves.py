@@ -76,14 +76,15 @@ def error_curves(
 
 def fit_columns(stats: GramStatistics, order: Int[np.ndarray, " p"], k: int) -> Float[Array, "n p"]:
     """Least squares on the first k columns of an order."""
-    free: Bool[Array, " p"] = jnp.zeros(len(order), bool).at[jnp.asarray(order[:k])].set(True)
-    return _fit(stats, free, jnp.zeros_like(free), 0)
+    free: Bool[np.ndarray, " p"] = np.zeros(len(order), bool)
+    free[order[:k]] = True  # in NumPy: every k would be compiled anew
+    return _fit(stats, jnp.asarray(free), jnp.asarray(np.zeros_like(free)), 0)
 
 
 def fit_rank(stats: GramStatistics, r: int) -> Float[Array, "n p"]:
     """Reduced-rank regression on all columns."""
-    every = jnp.ones(stats.gram.shape[0], bool)
-    return _fit(stats, ~every, every, r)
+    every = np.ones(stats.gram.shape[0], bool)
+    return _fit(stats, jnp.asarray(~every), jnp.asarray(every), r)
 
 
 @jax.jit

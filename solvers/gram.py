@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from solvers.reconstruction import LayerProblem, sum_over_chunks
@@ -61,7 +62,10 @@ def gram_statistics(problem: LayerProblem) -> GramStatistics:
     )
 
 
-def with_ridge(stats: GramStatistics, ridge: float, towards: Float[Array, "n p"] | None = None) -> GramStatistics:
+@jax.jit
+def with_ridge(
+    stats: GramStatistics, ridge: Float[ArrayLike, ""], towards: Float[Array, "n p"] | None = None
+) -> GramStatistics:
     """The statistics with ridge * tr(gram) / p * ||m - towards||^2 added to the mean squared error of every m.
 
     `towards` is zero by default; the constant of the penalty is not part of `target_energy`. A zero gram becomes the
@@ -75,12 +79,14 @@ def with_ridge(stats: GramStatistics, ridge: float, towards: Float[Array, "n p"]
     return replace(stats, gram=gram, cross=cross)
 
 
+@jax.jit
 def least_squares(stats: GramStatistics) -> Float[Array, "n p"]:
     """argmin over m of the mean squared error: cross gram^-1. Equals the layer's own matrix on its own inputs."""
     factor = jax.scipy.linalg.cho_factor(stats.gram, lower=True)
     return jax.scipy.linalg.cho_solve(factor, stats.cross.T).T
 
 
+@jax.jit
 def linear_error(stats: GramStatistics, m: Float[Array, "n p"]) -> Float[Array, ""]:
     """Relative squared error of x m' against the linear target with the best bias; 0 is perfect, 1 is m = 0."""
     quadratic = jnp.sum((m @ stats.gram) * m) - 2 * jnp.sum(m * stats.cross)
@@ -88,6 +94,7 @@ def linear_error(stats: GramStatistics, m: Float[Array, "n p"]) -> Float[Array, 
     return (stats.target_energy + quadratic) / safe
 
 
+@jax.jit
 def best_bias(stats: GramStatistics, m: Float[Array, "n p"]) -> Float[Array, " n"]:
     """The bias that minimises the mean squared error for the given m."""
     return stats.target_mean - m @ stats.x_mean

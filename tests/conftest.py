@@ -7,8 +7,20 @@ import pytest
 
 # Small factorisations by OpenBLAS on several threads become a hundred times slower when another process is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# The workers, and the processes that tests start, compile much the same programs.
+# The workers, and the processes that tests start, compile much the same programs, most of them small.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Files of a minute and more, longest first: begun last, one of them would leave the other worker idle.
+_LONG = ("pipeline", "sweep", "training", "allocation", "zoo_imagenet", "notebooks", "unread", "finetuning", "sharding")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; they stay whole and in order."""
+    place = {f"test_{name}.py": i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(_LONG)))
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -126,8 +126,9 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
         terms = " + ".join(term["kind"] for term in spec.get("terms", ()))
         figures = ("", "", "", "", "")
         if row is not None:
-            share, error = row["params"] / row["original_params"], row["error_after_held_out"]
-            figures = (row["form"], str(row["kept_columns"]), str(row["rank"]), f"{share:.0%}", f"{error:.4f}")
+            error = "" if row["error_after_held_out"] is None else f"{row['error_after_held_out']:.4f}"
+            share = f"{row['params'] / row['original_params']:.0%}"
+            figures = (row["form"] or row["status"], str(row["kept_columns"]), str(row["rank"]), share, error)
         table.add_row(path, module["kind"], terms, spec.get("execution", ""), *figures)
     return table
 

@@ -173,23 +173,33 @@ def _blocks(patterns: Sequence[str], model: nnx.Module, original: nnx.Module) ->
 
 
 def _check_comparable(objective: OutputMatch, model: nnx.Module, original: nnx.Module, x: Array, call: Call) -> None:
-    def shapes(network: nnx.Module) -> list[tuple[int, ...]]:
-        graphdef, state = nnx.split(network)
-        try:
-            seen = jax.eval_shape(lambda state, x: objective.observe(call, nnx.merge(graphdef, state), x), state, x)
-        except (jax.errors.UnexpectedTracerError, TypeError) as error:
-            if not objective.blocks:
-                raise
-            names = ", ".join(map(path_name, objective.blocks))
+    for path in objective.blocks:
+        ours, theirs = (_shapes(OutputMatch(blocks=(path,)), network, x, call) for network in (model, original))
+        if ours != theirs or not ours:
             raise ValueError(
-                f"blocks: the output of one of {names} cannot be taken, most likely because the network runs it inside "
-                f"a transformation of its own (jit, remat, scan); name the module around it ({error})"
-            ) from error
-        return [leaf.shape for leaf in seen]
-
-    ours, theirs = shapes(model), shapes(original)
+                f"blocks: {path_name(path)!r} gives {ours}, the original's {theirs}; name blocks that give arrays, and "
+                "that kept all their channels (those that nothing reads were removed)"
+            )
+    if objective.blocks:
+        return
+    ours, theirs = (_shapes(objective, network, x, call) for network in (model, original))
     if ours != theirs or not ours:
         raise ValueError(
             f"original: outputs of shapes {theirs}, the compressed network's are {ours}; give the network that was "
-            "compressed, and blocks that give arrays"
+            "compressed"
         )
+
+
+def _shapes(objective: OutputMatch, network: nnx.Module, x: Array, call: Call) -> list[tuple[int, ...]]:
+    graphdef, state = nnx.split(network)
+    try:
+        seen = jax.eval_shape(lambda state, x: objective.observe(call, nnx.merge(graphdef, state), x), state, x)
+    except (jax.errors.UnexpectedTracerError, TypeError) as error:
+        if not objective.blocks:
+            raise
+        names = ", ".join(map(path_name, objective.blocks))
+        raise ValueError(
+            f"blocks: the output of {names} cannot be taken, most likely because the network runs it inside a "
+            f"transformation of its own (jit, remat, scan); name the module around it ({error})"
+        ) from error
+    return [leaf.shape for leaf in seen]

@@ -13,8 +13,8 @@ from solvers.curves import error_curves, fit_columns, fit_rank
 from solvers.gram import gram_statistics, least_squares, linear_error, with_ridge
 from solvers.reconstruction import LayerProblem
 from solvers.terms import MatrixShape
-from unified_approx import datasets, evaluate, zoo
-from unified_approx.allocation import Item, LayerMenu, choose
+from unified_approx import cost, datasets, evaluate, zoo
+from unified_approx.allocation import Item, LayerMenu, choose, timing
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, with_losses
 
@@ -131,6 +131,15 @@ def test_table_covers_every_layer_and_survives_a_file(table, tmp_path):
     assert ua.Sensitivity.load(tmp_path / "table.json") == table
 
 
+def planned_share(planned, table, name):
+    """What the layers are asked for, before channels that nothing reads go too, as a share of the original."""
+    positions = {menu.name: menu.positions if name == "macs" else 1 for menu in table.menus}
+    asked = {row["name"]: row["values"] for row in planned.layers}
+    sizes = {menu.name: float(np.prod(menu.shape)) for menu in table.menus}
+    total = sum(size * positions[layer] for layer, size in sizes.items())
+    return sum(asked.get(layer, size) * positions[layer] for layer, size in sizes.items()) / total
+
+
 @pytest.mark.parametrize("limits", [{"params": 0.3}, {"macs": 0.3}, {"params": 0.5, "macs": 0.25}, {"bytes": 0.4}])
 def test_budgets_are_met_over_the_whole_network(digits, table, limits):
     model, x, _, test, labels = digits
@@ -140,7 +149,9 @@ def test_budgets_are_met_over_the_whole_network(digits, table, limits):
     reached = {"params": 1 / report.params_ratio, "macs": 1 / report.macs_ratio, "bytes": 1 / report.cr}
     for name, limit in limits.items():
         assert reached[name] <= limit
-    assert any(reached[name] > 0.6 * limit for name, limit in limits.items())
+    planned = ua.plan(model, x, budget=ua.Budget(**limits), sensitivity=table, rows=1024, batch_size=50)
+    open_costs = {name: planned_share(planned, table, name) for name in limits}
+    assert any(open_costs[name] > 0.85 * limit for name, limit in limits.items())
     assert evaluate.accuracy(result.model, test, labels) > 90
 
 
@@ -217,9 +228,21 @@ def test_a_damaged_table(tmp_path):
         ua.Sensitivity.load(tmp_path / "t.json")
 
 
-def test_a_budget_of_seconds_uses_what_was_timed(digits, tmp_path):
-    """Forms and sizes come from timings on this machine; the answer to whether it was met from the whole network."""
+def seconds_by_size(candidates, *inputs, call=None, rounds=20):
+    """A clock that knows no noise: a microsecond for every weight, and 10 for every module that holds some."""
+
+    def seconds(module):
+        leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
+        return 1e-6 * sum(10 + leaf.size for leaf in leaves)
+
+    return {name: seconds(module) for name, module in candidates.items()}
+
+
+def test_a_budget_of_seconds_uses_what_was_timed(digits, tmp_path, monkeypatch):
+    """Forms and sizes come from timings of the layers; the answer to whether it was met from the whole network."""
     model, x, _, test, labels = digits
+    for module in (cost, timing):
+        monkeypatch.setattr(module, "measure_latency", seconds_by_size)
     table = ua.sensitivity(model, x, timed=True, **{k: v for k, v in FAST.items() if k != "form"})
     assert table.clock is not None
     assert table.clock.original > 0
@@ -233,7 +256,9 @@ def test_a_budget_of_seconds_uses_what_was_timed(digits, tmp_path):
     least = 1 - sum(table.clock.layers[name] - seconds for name, seconds in faster.items()) / table.clock.original
     budget = ua.Budget(latency=min(1.0, (1 + max(least, 0)) / 2))
     result = ua.compress(model, x, budget=budget, sensitivity=table, **{k: v for k, v in FAST.items() if k != "form"})
-    assert isinstance(result.budget_met, bool)
+    assert result.budget_met
+    found = seconds_by_size({"before": model, "after": result.model})
+    assert 0.8 * budget.latency < found["after"] / found["before"] <= budget.latency
     assert {row.form for row in result.report.layers if row.status == "compressed"} <= {"columns", "low_rank"}
     assert evaluate.accuracy(result.model, test, labels) > 80
     with pytest.raises(ValueError, match="timed where this run is not"):

@@ -46,7 +46,7 @@ def test_four_devices_give_the_network_of_one():
 
 @pytest.mark.parametrize("devices", [0, 99, []])
 def test_devices_that_cannot_be_had_are_found_before_any_work(monkeypatch, tmp_path, devices):
-    monkeypatch.setattr(run, "Capture", None)
+    monkeypatch.setattr(run, "Streams", None)
     arguments = {"budget": ua.Budget(params=0.5), "devices": devices, "work_dir": tmp_path / "work"}
     with pytest.raises(ValueError, match="devices"):
         ua.compress(zoo.load("digits"), [], **arguments)

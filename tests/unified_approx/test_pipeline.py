@@ -19,6 +19,7 @@ from unified_approx.layers import Factored
 from unified_approx.sampling import default_rows
 
 SMALL = {"rows": 2048, "batch_size": 100, "allocation": "uniform"}
+COLUMNS = {**SMALL, "form": "columns"}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,12 @@ def half(digits):
     events = []
     result = ua.compress(model, images, budget=ua.Budget(params=0.5), progress=events.append, **SMALL)
     return result, events
+
+
+@pytest.fixture(scope="module")
+def columns(digits):
+    arguments = {"budget": ua.Budget(params=0.5), "progress": lambda e: None, **COLUMNS}
+    return ua.compress(digits[0], digits[1], **arguments)
 
 
 def test_half_of_the_parameters_keeps_the_accuracy(digits, half):
@@ -78,9 +85,9 @@ def test_same_seed_gives_the_same_network_and_the_model_is_untouched(digits, hal
 def test_one_compilation_per_shape(digits):
     """Another budget and other data of the same shapes compile neither the refinement nor the statistics again."""
     model, images, _, _ = digits
-    ua.compress(model, images, budget=ua.Budget(params=0.4), progress=lambda e: None, **SMALL)
+    ua.compress(model, images, budget=ua.Budget(params=0.4), progress=lambda e: None, **COLUMNS)
     before = refine._cache_size()
-    ua.compress(model, images + 0.01, budget=ua.Budget(params=0.35), progress=lambda e: None, seed=3, **SMALL)
+    ua.compress(model, images + 0.01, budget=ua.Budget(params=0.35), progress=lambda e: None, seed=3, **COLUMNS)
     assert refine._cache_size() == before
 
 
@@ -193,7 +200,7 @@ def test_budgets_outside_the_unit_interval(value):
 def test_fewer_rows_than_features_is_solved_with_a_warning(digits):
     model, images, test, labels = digits
     result = ua.compress(
-        model, images, budget=ua.Budget(params=0.7), rows=64, progress=lambda e: None, allocation="uniform"
+        model, images, budget=ua.Budget(params=0.7), progress=lambda e: None, **{**COLUMNS, "rows": 64}
     )
     assert any("ridge" in w for w in result.report.warnings)
     assert np.isfinite(evaluate.predict(result.model, test)).all()
@@ -211,7 +218,7 @@ def test_a_diverging_layer_stays_dense_and_the_rest_goes_on(digits, monkeypatch)
         return layer.solve(broken if len(calls) == 2 else problem, *args, **kwargs)
 
     monkeypatch.setattr(run, "solve", solve)
-    result = ua.compress(model, images, budget=ua.Budget(params=0.5), form="columns", progress=lambda e: None, **SMALL)
+    result = ua.compress(model, images, budget=ua.Budget(params=0.5), progress=lambda e: None, **COLUMNS)
     assert [row.status for row in result.report.layers][:3] == ["compressed", "diverged", "compressed"]
     assert not result.budget_met
 
@@ -225,21 +232,21 @@ def die(event):
     if event.row is not None and event.index == 1:
         os._exit(9)
 ua.compress(zoo.load("digits"), images, budget=ua.Budget(params=0.5), rows=2048, batch_size=100, allocation="uniform",
-            progress=die, work_dir=sys.argv[1])
+            form="columns", progress=die, work_dir=sys.argv[1])
 """
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_network(digits, half, tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_same_network(digits, columns, tmp_path):
     model, images, _, _ = digits
     work = tmp_path / "work"
     assert subprocess.run([sys.executable, "-c", KILLED, str(work)], check=False).returncode == 9
     stored = sorted(p.name for p in work.glob("layer-*"))
     assert stored == ["layer-0000.safetensors", "layer-0001.safetensors"]
     times = {p: (work / p).stat().st_mtime_ns for p in stored}
-    arguments = {"budget": ua.Budget(params=0.5), "progress": lambda e: None, **SMALL}
+    arguments = {"budget": ua.Budget(params=0.5), "progress": lambda e: None, **COLUMNS}
     resumed = ua.compress(model, images, work_dir=work, **arguments)
     assert {p: (work / p).stat().st_mtime_ns for p in stored} == times
-    for old, new in zip(*(jax.tree.leaves(nnx.state(r.model)) for r in (half[0], resumed)), strict=True):
+    for old, new in zip(*(jax.tree.leaves(nnx.state(r.model)) for r in (columns, resumed)), strict=True):
         np.testing.assert_array_equal(old, new)
     with pytest.raises(ValueError, match="another run"):
         ua.compress(model, images, work_dir=work, **{**arguments, "budget": ua.Budget(params=0.6)})

@@ -43,6 +43,8 @@ def test_rows_are_in_the_file_as_they_come(swept):
     assert [done for done, _, _ in seen] == [1, 2]
     assert read_table(out).to_pylist() == rows
     assert [row["lambda_sparse"] for row in rows] == [0.2, 0.05]
+    columns = [sum(layer["kept_columns"] for layer in json.loads(row["layers"])) for row in rows]
+    assert columns[0] < columns[1]  # the heavier penalty keeps fewer
     assert min(row["cr"] for row in rows) > 1
     assert len(json.loads(rows[0]["layers"])) == 4
 

@@ -84,13 +84,13 @@ entry, data = zoo.entry("digits"), datasets.load("digits")
 def die(line):
     if line.epoch == 2:
         os._exit(9)
-train(zoo.load("digits"), entry.preprocess(data.x_train), data.y_train,
+train(zoo.load("digits"), entry.preprocess(data.x_train[:500]), data.y_train[:500],
       Recipe(epochs=4, batch_size=64, learning_rate=0.02), checkpoint_dir=sys.argv[1], progress=die)
 """
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_weights(digits, tmp_path):
-    x, y, _, _ = digits
+    x, y = (array[:500] for array in digits[:2])
     recipe = Recipe(epochs=4, batch_size=64, learning_rate=0.02)
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c")], check=False)
     assert killed.returncode == 9
@@ -100,9 +100,9 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(digits, tmp_path):
     whole = train(zoo.load("digits"), x, y, recipe)
     for a, b in zip(jax.tree.leaves(nnx.state(whole.model)), jax.tree.leaves(nnx.state(resumed.model)), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="its recipe differs"):
         train(zoo.load("digits"), x, y, RECIPE, checkpoint_dir=tmp_path / "c")
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match="its network differs"):
         train(zoo.create("lenet300"), x, y, recipe, checkpoint_dir=tmp_path / "c")
 
 

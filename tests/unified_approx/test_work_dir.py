@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial
+from unified_approx import zoo
 from unified_approx.work_dir import WorkDir, fingerprint
 
 RNG = np.random.default_rng(0)
@@ -35,12 +36,14 @@ def test_terms_come_back_bit_for_bit(tmp_path):
 
 
 def test_fingerprint_sees_settings_and_every_value():
-    base = fingerprint({"a": 1}, {"x": np.zeros(3)})
-    assert fingerprint({"a": 1}, {"x": np.zeros(3)}) == base
+    model, other = (zoo.create("digits", seed=seed) for seed in (0, 1))
+    base = fingerprint({"a": 1}, model, {"x": np.zeros(3)})
+    assert fingerprint({"a": 1}, zoo.create("digits"), {"x": np.zeros(3)}) == base
     others = [
-        ({"a": 2}, {"x": np.zeros(3)}),
-        ({"a": 1}, {"x": np.array([0, 0, 1e-9])}),
-        ({"a": 1}, {"x": np.zeros((3, 1))}),
+        ({"a": 2}, model, {"x": np.zeros(3)}),
+        ({"a": 1}, other, {"x": np.zeros(3)}),
+        ({"a": 1}, model, {"x": np.array([0, 0, 1e-9])}),
+        ({"a": 1}, model, {"x": np.zeros((3, 1))}),
     ]
     assert all(fingerprint(*other) != base for other in others)
 

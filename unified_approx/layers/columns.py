@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -106,8 +108,7 @@ class ColumnsTerm(TermLayer):
         rows = jnp.asarray(self.values[...], dtype).T
         if rows.size == prod(shape):
             return rows.reshape(shape)
-        empty = jnp.zeros((prod(shape[:-1]), shape[-1]), rows.dtype)
-        return empty.at[at[...]].set(rows, unique_indices=True, indices_are_sorted=True).reshape(shape)
+        return _put_rows(rows, at[...], shape)
 
     def kernel(self, dtype: DTypeLike | None = None) -> Float[Array, "*window c_in n"]:
         """The values scattered to their columns."""
@@ -132,6 +133,13 @@ class ColumnsTerm(TermLayer):
     def tensors(self) -> dict[str, Shaped[Array, "..."]]:
         """`values` and `indices`; the rest follows from them."""
         return {"values": self.values[...], "indices": self.indices[...]}
+
+
+@partial(jax.jit, static_argnums=2, inline=True)  # one compilation where it is called by itself
+def _put_rows(rows: Array, at: Array, shape: tuple[int, ...]) -> Array:
+    """An array of zeros but for the rows at these places, in a shape of the same number of columns."""
+    empty = jnp.zeros((prod(shape[:-1]), shape[-1]), rows.dtype)
+    return empty.at[at].set(rows, unique_indices=True, indices_are_sorted=True).reshape(shape)
 
 
 def _pick(x: Array, channels: Array) -> Array:

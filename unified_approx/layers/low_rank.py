@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +17,7 @@ from unified_approx.layers.columns import ColumnsTerm
 from unified_approx.layers.common import Index, TermLayer, check_indices, check_shape, index, parameter
 
 
+@partial(jax.jit, static_argnums=2, inline=True)  # one compilation where it is called by itself
 def with_identity_rows(rows: Array, pivots: Array, r: int) -> Array:
     """The (n, r) factor whose row pivots[i] is the i-th unit vector and whose other rows are `rows`, in order.
 
