@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import published
 import typer
@@ -137,14 +136,9 @@ def _trained(
     entry: zoo.ZooEntry, images: Images, result: ua.Result, original: nnx.Module, recipe: Recipe, work: Path, base: Path
 ) -> tuple[nnx.Module, nnx.Module]:
     """The compressed network and the original, both trained on with the same recipe."""
-    n = entry.normalization(None)
-
-    def prepare(x: Any) -> Any:
-        return (x.astype(jnp.float32) / n.scale - n.mean) / n.std
-
     held = images.x[:HELD_OUT], images.y[:HELD_OUT]
     train = images.x[HELD_OUT:], images.y[HELD_OUT:]
-    common = {"validation": held, "prepare": prepare, "progress": print}
+    common = {"validation": held, "prepare": entry.normalization(None), "progress": print}
     folder = f"{recipe.epochs}-{recipe.learning_rate:g}"
     tuned = ua.finetune(result, *train, recipe, original=original, checkpoint_dir=work / f"tuned-{folder}", **common)
     again = ua.finetune(original, *train, recipe, checkpoint_dir=base / f"original-{folder}", **common)

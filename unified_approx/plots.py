@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -254,6 +256,32 @@ def tradeoff(
     axes.scatter(front[:, 0], front[:, 1], label="Pareto front", zorder=3, **ring)
     axes.set(xlabel=_AXIS_NAMES[axis], ylabel="test accuracy (%)")
     axes.legend(frameon=False, loc="lower left")
+    return _save(figure, path)
+
+
+def sensitivity_curves(
+    path: FilePath, layers: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str = ""
+) -> Path:
+    """What is expected of the network's output when one layer alone is made smaller, a curve for every layer.
+
+    Args:
+        path: PNG, PDF or SVG to write; its folder is made.
+        layers: by name, in the network's order: fractions of the stored values kept, and losses in nats.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = _tidy(figure.subplots())
+    scale = ScalarMappable(Normalize(0, max(1, len(layers) - 1)), "viridis")
+    for i, (name, (kept, loss)) in enumerate(layers.items()):
+        shown = np.asarray(loss) > 0
+        axes.plot(np.asarray(kept)[shown], np.asarray(loss)[shown], color=scale.to_rgba(i), label=name, linewidth=1.3)
+    axes.set(yscale="log", xlabel="stored values of the layer kept (fraction)", ylabel="loss of the output (nats)")
+    if len(layers) <= 14:
+        axes.legend(frameon=False, fontsize="x-small", loc="upper right", ncols=2)
+    else:
+        figure.colorbar(scale, ax=axes, label="layer, from the input to the output")
+    if title:
+        axes.set_title(title, loc="left")
     return _save(figure, path)
 
 

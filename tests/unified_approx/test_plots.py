@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import unified_approx as ua
 from unified_approx import plots
+from unified_approx.allocation import Item, LayerMenu
 
 RNG = np.random.default_rng(0)
 
@@ -17,6 +19,20 @@ def drawn(path: Path, colours: int = 20) -> np.ndarray:
     assert pixels.shape[1] >= 600
     assert len(np.unique((pixels[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)) > colours
     return pixels[..., :3]
+
+
+def table(count):
+    items = [Item(form="columns", size=k, values=3.0 * k, macs=1.0, error=1 / k, loss=1 / k) for k in range(1, 9)]
+    items.append(Item(form="dense", size=9, values=27.0, macs=1.0, error=0.0))
+    menus = tuple(LayerMenu(name=f"conv{i}", shape=(3, 9), positions=1, items=tuple(items)) for i in range(count))
+    return ua.Sensitivity(identity="", method="kl", menus=menus, measured=((),) * count, seconds=1.0)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_sensitivity_shows_every_layer(tmp_path, count):
+    path = table(count).plot(tmp_path / "new" / "s.png")
+    assert path == tmp_path / "new" / "s.png"
+    drawn(path)
 
 
 def has_colour(pixels: np.ndarray, colour: str) -> bool:

@@ -54,6 +54,17 @@ class Sensitivity:
         with replacing(path) as partial:
             partial.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1))
 
+    def plot(self, path: str | PathLike[str]) -> FilePath:
+        """Write a picture: the expected loss over the size of each layer."""
+        from unified_approx.plots import sensitivity_curves
+
+        layers = {}
+        for menu in self.menus:
+            items = [item for item in menu.items if item.form != "dense"]
+            total = menu.shape[0] * menu.shape[1]
+            layers[menu.name] = [item.values / total for item in items], [item.loss for item in items]
+        return sensitivity_curves(path, layers, title=f"one layer at a time, {self.method}")
+
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Sensitivity":
         """Read what `save` wrote.

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32, Shaped
+from jaxtyping import Array, Float32, Shaped
 
 from unified_approx.datasets import Dataset
 from unified_approx.zoo.torch_layout import Flatten, Names, dotted
+
+AnyArray = np.ndarray | Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,8 @@ class Normalization:
     mean: Float32[np.ndarray, "*mean"]
     std: Float32[np.ndarray, "*std"]
 
-    def __call__(self, images: Shaped[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n h w c"]:
-        """Normalize raw images."""
+    def __call__(self, images: Shaped[AnyArray, "n h w c"]) -> Float32[AnyArray, "n h w c"]:
+        """Normalize raw images: NumPy's on the host, JAX's on their device, under jit too."""
         out = images.astype(np.float32) / np.float32(self.scale)
         out -= self.mean
         out /= self.std
