@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unified_approx.report import Report
     from unified_approx.rules import Rule
     from unified_approx.run import Plan
+    from unified_approx.stages import compress_in_stages
     from unified_approx.storage import load, save
     from unified_approx.sweeping import sweep
     from unified_approx.training import Recipe, train
@@ -29,6 +30,7 @@ _HOMES = {
     "Sensitivity": "allocation",
     "choose_executions": "cost",
     "compress": "pipeline",
+    "compress_in_stages": "stages",
     "fastest_dense": "cost",
     "finetune": "finetuning",
     "load": "storage",
@@ -52,6 +54,7 @@ __all__ = [
     "Sensitivity",
     "choose_executions",
     "compress",
+    "compress_in_stages",
     "datasets",
     "evaluate",
     "fastest_dense",

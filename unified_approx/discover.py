@@ -13,11 +13,10 @@ from solvers.activation import IDENTITY, Activation
 from unified_approx.assemble import modules, shared_modules
 from unified_approx.epilogue import AffineStep, Epilogue, compose, follow
 from unified_approx.graph import Graph, Op
-from unified_approx.im2col import Geometry, Padding
+from unified_approx.im2col import Geometry, Padding, is_channels_last
 from unified_approx.sites import LayerSite, Path, Skipped, path_name
 
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)
-_NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # image, kernel (HWIO) and output layout of nnx.Conv
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +160,13 @@ def _same_parameters(graph: Graph, op: Op, module: nnx.Conv | nnx.Linear) -> boo
     if isinstance(padding, str):
         window = [(k - 1) * d + 1 for k, d in zip(geometry.window, geometry.dilation, strict=True)]
         padding = tuple(lax.padtype_to_pads(x.shape[1:-1], window, geometry.strides, padding))
-    numbers = params["dimension_numbers"]
     return (
         tuple(params["window_strides"]) == geometry.strides
         and tuple(params["rhs_dilation"]) == geometry.dilation
         and set(params["lhs_dilation"]) == {1}
         and tuple(map(tuple, params["padding"])) == padding
         and params["batch_group_count"] == 1
-        and (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == _NHWC
+        and is_channels_last(params["dimension_numbers"], 2)
     )
 
 

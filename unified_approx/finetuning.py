@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -15,12 +16,14 @@ from jaxtyping import Array, Int, Shaped
 from unified_approx.assemble import Identity, modules
 from unified_approx.calling import Call, forward
 from unified_approx.layers import Factored
+from unified_approx.norms import fold_batch_norms, insert_batch_norms
 from unified_approx.objectives import OutputMatch
 from unified_approx.pipeline import Result
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
 from unified_approx.training import Epoch, Prepare, Recipe, Trained, train
 
+_EXAMPLES = 256  # that the statistics of batch norms start from
 RECIPE = Recipe(learning_rate=0.01)
 MATCH_RECIPE = Recipe(learning_rate=0.01, weight_decay=0.0)  # decay would shrink what the objective does not see
 
@@ -36,6 +39,7 @@ def finetune(
     recipe: Recipe = RECIPE,
     *,
     original: nnx.Module | None = None,
+    batch_norms: bool = False,
     optimizer: optax.GradientTransformation | None = None,
     validation: tuple[Any, Any] | None = None,
     patience: int | None = None,
@@ -52,6 +56,7 @@ def finetune(
         y: labels.
         recipe: how.
         original: the network before compression: its answers are imitated too, with weight `recipe.distill`.
+        batch_norms: put those that compression folded back while training, and fold them again at the end.
         optimizer: any of Optax's in place of the recipe's.
         validation: (x, y) that the best epoch is chosen on. Not the test set.
         patience: stop after so many epochs without a better one.
@@ -66,8 +71,12 @@ def finetune(
     Raises:
         ValueError: as `train`.
     """
-    return train(
-        _network(result),
+    model, norms = _network(result), ()
+    example = prepare(jnp.asarray(x[:_EXAMPLES]))
+    if batch_norms:
+        model, norms = insert_batch_norms(model, example, call)
+    done = train(
+        model,
         x,
         y,
         recipe,
@@ -80,6 +89,7 @@ def finetune(
         progress=progress,
         call=call,
     )
+    return replace(done, model=fold_batch_norms(done.model, norms, example, call)) if norms else done
 
 
 def match_outputs(

@@ -21,7 +21,7 @@ from jax.extend import core as jex_core
 from jaxtyping import Array, Shaped
 
 from unified_approx.assemble import get, modules
-from unified_approx.im2col import Geometry, patches
+from unified_approx.im2col import Geometry, is_channels_last, patches
 from unified_approx.sites import Path
 
 # Primitives that only call another jaxpr, and the parameter that holds it; releases differ in the names.
@@ -190,11 +190,8 @@ def _tiny_convolution(eqn: Any) -> Geometry | None:
         return None
     params, (x, kernel) = eqn.params, (v.aval for v in eqn.invars)
     axes = x.ndim - 2
-    last = (0, axes + 1, *range(1, axes + 1))
-    numbers = params["dimension_numbers"]
     plain = (
-        (numbers.lhs_spec, numbers.out_spec) == (last, last)
-        and numbers.rhs_spec == (axes + 1, axes, *range(axes))
+        is_channels_last(params["dimension_numbers"], axes)
         and params["feature_group_count"] == params["batch_group_count"] == 1
         and all(d == 1 for d in params["lhs_dilation"])
         and all(pad >= 0 for pair in params["padding"] for pad in pair)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +92,13 @@ def explicit_padding(spatial: Sequence[int], geometry: Geometry) -> tuple[tuple[
 def _extent(g: Geometry) -> tuple[int, ...]:
     """Input pixels that one output sees, per axis."""
     return tuple((k - 1) * d + 1 for k, d in zip(g.window, g.dilation, strict=True))
+
+
+def is_channels_last(numbers: Any, axes: int) -> bool:
+    """Whether a convolution's dimension numbers are those of `nnx.Conv`: channels last, kernel (*window, in, out)."""
+    last = (0, axes + 1, *range(1, axes + 1))
+    kernel = (axes + 1, axes, *range(axes))
+    return (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == (last, kernel, last)
 
 
 def output_shape(spatial: Sequence[int], geometry: Geometry) -> tuple[int, ...]:

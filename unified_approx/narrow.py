@@ -83,10 +83,10 @@ def narrow_layer(layer: Layer, rows: Int[np.ndarray, " n"], channels: Int[np.nda
         param_dtype=param_dtype,
         removed=(before[0] + removed[0], before[1] + removed[1]),
     )
-    return _run_as(new, layer) if factored else new
+    return run_as(new, layer) if factored else new
 
 
-def _run_as(new: Factored, old: Factored) -> Factored:
+def run_as(new: Factored, old: Factored) -> Factored:
     """In the old layer's form, if that was not the automatic choice and there still is such a form."""
     chosen = old.with_execution(AUTO).execution != old.execution and old.execution in new.executions()
     return new.with_execution(old.execution) if chosen else new

@@ -12,7 +12,9 @@ from flax import nnx
 
 import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
+from unified_approx.cost import network_cost
 from unified_approx.finetuning import finetune
+from unified_approx.norms import fold_batch_norms, insert_batch_norms
 from unified_approx.training import Recipe, augment_crop_flip, train
 
 RECIPE = Recipe(epochs=2, batch_size=64, augment=None, learning_rate=0.02)
@@ -44,6 +46,23 @@ def test_finetuning_gains_and_keeps_the_structure(digits, small):
         assert old.shape == new.shape
         if jnp.issubdtype(old.dtype, jnp.integer):
             np.testing.assert_array_equal(old, new)
+
+
+def test_batch_norms_put_back_train_and_fold_to_the_same_structure(digits):
+    x, y, test, labels = digits
+    model = train(zoo.create("digits", batch_norm=True), x, y, RECIPE).model
+    arguments = {"allocation": "uniform", "rows": 1024, "progress": lambda e: None}
+    small = ua.compress(model, x[:200], budget=ua.Budget(params=0.15), form="two_level", **arguments).model
+    with_norms, paths = insert_batch_norms(small, x[:256])
+    assert paths == (("bn1",), ("bn2",), ("bn3",))
+    assert all(isinstance(getattr(with_norms, *path), nnx.BatchNorm) for path in paths)
+    np.testing.assert_allclose(evaluate.predict(with_norms, test), evaluate.predict(small, test), atol=1e-3)
+    folded = fold_batch_norms(with_norms, paths, x[:256])
+    np.testing.assert_allclose(evaluate.predict(folded, test), evaluate.predict(small, test), atol=1e-3)
+    done = finetune(small, x, y, RECIPE, batch_norms=True)
+    assert evaluate.accuracy(done.model, test, labels) > evaluate.accuracy(small, test, labels)
+    for network in (folded, done.model):
+        assert network_cost(network, x[:2]) == network_cost(small, x[:2])
 
 
 def test_training_from_scratch_learns(digits):
