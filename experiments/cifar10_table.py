@@ -138,7 +138,7 @@ def _trained(
     """The compressed network and the original, both trained on with the same recipe."""
     held = images.x[:HELD_OUT], images.y[:HELD_OUT]
     train = images.x[HELD_OUT:], images.y[HELD_OUT:]
-    common = {"validation": held, "prepare": entry.normalization(None), "progress": print}
+    common = {"validation": held, "prepare": entry.normalization(None).on_device, "progress": print}
     folder = f"{recipe.epochs}-{recipe.learning_rate:g}"
     tuned = ua.finetune(result, *train, recipe, original=original, checkpoint_dir=work / f"tuned-{folder}", **common)
     again = ua.finetune(original, *train, recipe, checkpoint_dir=base / f"original-{folder}", **common)

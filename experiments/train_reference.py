@@ -61,7 +61,7 @@ def main(
         recipe,
         validation=(x[held], y[held]),
         checkpoint_dir=work_dir / f"{network}-{epochs}-{seed}",
-        prepare=entry.normalization(images),
+        prepare=entry.normalization(images).on_device,
         progress=print,
     )
     accuracy = evaluate.accuracy(done.model, entry.preprocess(images.x_test, images), images.y_test)

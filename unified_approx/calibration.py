@@ -67,7 +67,7 @@ def gather(calibration: PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree
     return jax.tree.unflatten(first, arrays)
 
 
-def count(data: Batch) -> int:
+def count(data: Given) -> int:
     """Number of examples."""
     return _leading(data)
 

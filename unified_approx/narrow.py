@@ -1,4 +1,4 @@
-"""Layers and batch normalisations with fewer channels."""
+"""Layers and batch normalisations with fewer channels, and layers as dense ones."""
 
 from dataclasses import replace
 
@@ -10,9 +10,11 @@ from jaxtyping import Int
 
 from solvers.extract import with_gauge
 from solvers.terms import Dense, LowRank, MatrixShape, Term
+from unified_approx.assemble import homes, put
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.layers import Factored, factored_class, geometry_of
 from unified_approx.layers.factored import AUTO
+from unified_approx.macs import factored_layers
 
 _REMOVED = "removed"  # an attribute of the batch norms made here, which Flax does not know
 
@@ -49,6 +51,16 @@ def dense_layer(layer: Factored) -> nnx.Conv | nnx.Linear:
     new.kernel = nnx.Param(layer.kernel())
     if layer.bias is not None:
         new.bias = nnx.Param(layer.bias[...])
+    return new
+
+
+def as_dense(model: nnx.Module) -> nnx.Module:
+    """The network with a Flax layer that computes the same in place of every factored one; the others are shared."""
+    new = nnx.clone(model)
+    for path, layer in factored_layers(model).items():
+        dense = dense_layer(layer)
+        for home in homes(model, path):
+            new = put(new, home, dense)
     return new
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -37,7 +38,8 @@ def insert_batch_norms(model: nnx.Module, example: PyTree, call: Call = forward)
     new = nnx.clone(model)
     new.eval()
     paths = tuple(path for path, module in modules(new).items() if isinstance(module, Identity))
-    _, seen = outputs_of(new, paths, lambda network: call(network, example))
+    batch = jax.tree.map(jnp.asarray, example)
+    _, seen = outputs_of(new, paths, lambda network: call(network, batch))
     used = tuple(path for path in paths if len(seen[path]) == 1)  # shared ones see several distributions
     for path in used:
         norm = _norm_of(np.asarray(seen[path][0], np.float32))

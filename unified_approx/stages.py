@@ -16,7 +16,7 @@ from unified_approx.calling import forward
 from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
-from unified_approx.narrow import dense_layer
+from unified_approx.narrow import as_dense
 from unified_approx.pipeline import Calibration, Result, compress
 from unified_approx.report import Report
 
@@ -68,16 +68,6 @@ def compress_in_stages(
         result = replace(result, model=current, report=_against(original, first, result.report, budget))
     assert result is not None
     return result
-
-
-def as_dense(model: nnx.Module) -> nnx.Module:
-    """The network with a Flax layer that computes the same in place of every factored one; the others are shared."""
-    new = nnx.clone(model)
-    for path, layer in factored_layers(model).items():
-        dense = dense_layer(layer)
-        for home in homes(model, path):
-            new = put(new, home, dense)
-    return new
 
 
 def _check(budgets: Sequence[Budget]) -> None:

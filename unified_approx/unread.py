@@ -21,8 +21,7 @@ from unified_approx.channels import UNKNOWN, ChannelFlow, Numbers, channel_flow
 from unified_approx.discover import find_layers
 from unified_approx.evaluate import outputs_once
 from unified_approx.graph import trace
-from unified_approx.layers import Factored
-from unified_approx.narrow import Layer, dense_layer, narrow_layer, narrow_norm, shape_of, terms_of
+from unified_approx.narrow import Layer, as_dense, narrow_layer, narrow_norm, shape_of, terms_of
 from unified_approx.sites import Path, path_name
 
 Alive = Bool[np.ndarray, " channels"]
@@ -72,12 +71,8 @@ def remove_unread(model: nnx.Module, example: PyTree, call: Call = forward) -> t
 
 def _flow(model: nnx.Module, example: PyTree, call: Call) -> ChannelFlow:
     """The channels of the network, in whatever forms its layers run."""
-    plain = nnx.clone(model)
+    plain = as_dense(model)
     plain.eval()
-    dense = {path: dense_layer(module) for path, module in modules(plain).items() if isinstance(module, Factored)}
-    for path, layer in dense.items():
-        for home in homes(model, path):
-            plain = put(plain, home, layer)
     graph = trace(plain, (example,), call)
     return channel_flow(graph, plain, find_layers(graph, plain, calibration.count(example))[0])
 

@@ -8,7 +8,7 @@ from unified_approx import datasets, evaluate, zoo
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
-from unified_approx.stages import as_dense
+from unified_approx.narrow import as_dense
 
 FAST = {"form": "columns", "allocation": "uniform", "rows": 1024, "progress": lambda e: None}
 RECIPE = ua.Recipe(epochs=1, batch_size=64, augment=None, learning_rate=0.01)

@@ -52,7 +52,7 @@ def test_batch_norms_put_back_train_and_fold_to_the_same_structure(digits):
     x, y, test, labels = digits
     model = train(zoo.create("digits", batch_norm=True), x, y, RECIPE).model
     arguments = {"allocation": "uniform", "rows": 1024, "progress": lambda e: None}
-    small = ua.compress(model, x[:200], budget=ua.Budget(params=0.15), form="two_level", **arguments).model
+    small = ua.compress(model, x[:200], budget=ua.Budget(params=0.15), form="low_rank", **arguments).model
     with_norms, paths = insert_batch_norms(small, x[:256])
     assert paths == (("bn1",), ("bn2",), ("bn3",))
     assert all(isinstance(getattr(with_norms, *path), nnx.BatchNorm) for path in paths)

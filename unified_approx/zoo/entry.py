@@ -11,8 +11,6 @@ from jaxtyping import Array, Float32, Shaped
 from unified_approx.datasets import Dataset
 from unified_approx.zoo.torch_layout import Flatten, Names, dotted
 
-AnyArray = np.ndarray | Array
-
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
@@ -28,12 +26,16 @@ class Normalization:
     mean: Float32[np.ndarray, "*mean"]
     std: Float32[np.ndarray, "*std"]
 
-    def __call__(self, images: Shaped[AnyArray, "n h w c"]) -> Float32[AnyArray, "n h w c"]:
-        """Normalize raw images: NumPy's on the host, JAX's on their device, under jit too."""
+    def __call__(self, images: Shaped[np.ndarray, "n h w c"]) -> Float32[np.ndarray, "n h w c"]:
+        """Normalize raw images."""
         out = images.astype(np.float32) / np.float32(self.scale)
         out -= self.mean
         out /= self.std
         return out
+
+    def on_device(self, images: Shaped[Array, "n h w c"]) -> Float32[Array, "n h w c"]:
+        """The same for a batch of a compiled program."""
+        return (images.astype(np.float32) / np.float32(self.scale) - self.mean) / self.std
 
 
 def channel_normalization(
