@@ -272,11 +272,10 @@ def sensitivity_curves(
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = _tidy(figure.subplots())
     scale = ScalarMappable(Normalize(0, max(1, len(layers) - 1)), "viridis")
-    for i, (name, (kept, loss)) in enumerate(layers.items()):
+    colours = scale.to_rgba(np.arange(len(layers)))
+    for (name, (kept, loss)), colour in zip(layers.items(), colours, strict=True):
         shown = np.asarray(loss) > 0
-        axes.plot(
-            np.asarray(kept)[shown], np.asarray(loss)[shown], color=scale.cmap(scale.norm(i)), label=name, linewidth=1.3
-        )
+        axes.plot(np.asarray(kept)[shown], np.asarray(loss)[shown], color=colour, label=name, linewidth=1.3)
     axes.set(yscale="log", xlabel="stored values of the layer kept (fraction)", ylabel="loss of the output (nats)")
     if len(layers) <= 14:
         axes.legend(frameon=False, fontsize="x-small", loc="upper right", ncols=2)
