@@ -183,7 +183,8 @@ def test_a_loose_budget_leaves_layers_dense_with_the_reason(digits, table):
 
 def test_smallest_network_that_keeps_the_accuracy(digits):
     model, x, y, _, _ = digits
-    result = ua.compress(model, x, budget=ua.Budget(max_drop=5.0), labels=y, held_out=0.3, **FAST)
+    arguments = {"labels": y, "held_out": 0.3, "allocation": "uniform", **FAST}
+    result = ua.compress(model, x, budget=ua.Budget(max_drop=5.0), **arguments)
     held = slice(-90, None)
     drop = evaluate.accuracy(model, x[held], y[held]) - evaluate.accuracy(result.model, x[held], y[held])
     assert drop <= 5.0

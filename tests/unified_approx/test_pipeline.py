@@ -73,11 +73,11 @@ def test_report_has_a_row_per_layer_and_its_figures_agree_with_the_network(digit
     assert result.report.params == sum(v[...].size for _, v in nnx.to_flat_state(nnx.state(result.model, nnx.Param)))
 
 
-def test_same_seed_gives_the_same_network_and_the_model_is_untouched(digits, half):
+def test_same_seed_gives_the_same_network_and_the_model_is_untouched(digits, columns):
     model, images, _, _ = digits
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
-    again = ua.compress(model, images, budget=ua.Budget(params=0.5), progress=lambda e: None, **SMALL)
-    for old, new in zip(*(jax.tree.leaves(nnx.state(r.model)) for r in (half[0], again)), strict=True):
+    again = ua.compress(model, images, budget=ua.Budget(params=0.5), progress=lambda e: None, **COLUMNS)
+    for old, new in zip(*(jax.tree.leaves(nnx.state(r.model)) for r in (columns, again)), strict=True):
         np.testing.assert_array_equal(old, new)
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
 
