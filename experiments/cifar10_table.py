@@ -20,6 +20,7 @@ from flax import nnx
 
 import unified_approx as ua
 from unified_approx import comparison, datasets, evaluate, zoo
+from unified_approx.cli_common import flags
 from unified_approx.memory import compact
 from unified_approx.results import peak_rss_mb, write_results
 from unified_approx.training import Recipe
@@ -112,16 +113,9 @@ def main(
         forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in result.report.layers},
     )
     out = json_file or RESULTS / f"cifar10-{name}{f'-{epochs}epochs' if epochs else ''}.json"
-    write_results(out, _command(asked), [row], seconds=time.perf_counter() - start, seed=seed)
+    command = shlex.join(["python", "experiments/cifar10_table.py", *flags(asked)])
+    write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed)
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
-
-
-def _command(asked: dict[str, Any]) -> str:
-    words = ["python", "experiments/cifar10_table.py"]
-    for name, value in asked.items():
-        for item in value if isinstance(value, list) else [value] if value is not None else []:
-            words += [f"--{name.replace('_', '-')}", str(item)]
-    return shlex.join(words)
 
 
 def _table(file: Path, model: nnx.Module, chosen: Any, method: str, shared: dict[str, Any]) -> ua.Sensitivity:

@@ -92,16 +92,18 @@ def at_ratio(compress: Compress, model: nnx.Module, example: np.ndarray, ratio: 
     return found
 
 
-def row_of(name: str, network: str, model: nnx.Module, data: Any, test: np.ndarray, ratio: float) -> dict[str, Any]:
-    """One rival on one network."""
+def row_of(
+    name: str, network: str, model: nnx.Module, test: np.ndarray, labels: np.ndarray, reference: float, ratio: float
+) -> dict[str, Any]:
+    """One rival on one network, whose accuracy is `reference`."""
     new = at_ratio(RIVALS[name], model, test[:16], ratio)
     before, after = (cost.network_cost(each, jnp.asarray(test[:16])) for each in (model, new))
     return network_row(
         network=network,
         method=name,
         budget=f"cr={ratio:g}",
-        reference_accuracy=evaluate.accuracy(model, test, data.y_test),
-        accuracy=evaluate.accuracy(new, test, data.y_test),
+        reference_accuracy=reference,
+        accuracy=evaluate.accuracy(new, test, labels),
         params_ratio=cost.params_ratio(before, after),
         cr=cost.cr(before, after),
         macs_ratio=cost.macs_ratio(before, after),
@@ -119,7 +121,8 @@ def main(
     start = time.perf_counter()
     images, model = datasets.load("cifar10", data), published.load(network, models)
     test = zoo.entry(network).preprocess(images.x_test)
-    rows = [row_of(name, network, model, images, test, cr) for name in RIVALS]
+    reference = evaluate.accuracy(model, test, images.y_test)
+    rows = [row_of(name, network, model, test, images.y_test, reference, cr) for name in RIVALS]
     for row in rows:
         print({name: row[name] for name in ("method", "accuracy", "drop", "cr", "macs_ratio")})
     command = f"python experiments/rivals.py --network {network} --cr {cr:g}"

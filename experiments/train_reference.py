@@ -42,7 +42,7 @@ def main(
     start, entry = time.perf_counter(), zoo.entry(network)
     images = datasets.load(entry.dataset, data)
     order = np.random.default_rng(seed).permutation(len(images.x_train))[:count]
-    held, chosen = order[: min(HELD_OUT, len(order) // 10)], order[min(HELD_OUT, len(order) // 10) :]
+    held, chosen = np.split(order, [min(HELD_OUT, len(order) // 10)])
     recipe = Recipe(
         epochs=epochs,
         learning_rate=learning_rate,

@@ -67,14 +67,20 @@ def errors(debug: bool) -> Iterator[None]:
 
 def command_line(command: str, arguments: Mapping[str, Any]) -> str:
     """The command as it could be typed again, with its defaults; `arguments` are those of its function."""
-    words = ["unified-approx", command, *_positional(arguments)]
+    named = {name: value for name, value in arguments.items() if name not in _POSITIONAL}
+    return shlex.join(["unified-approx", command, *_positional(arguments), *flags(named)])
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments of a command's function as the words of its options."""
+    words: list[str] = []
     for name, value in arguments.items():
-        flag = f"--{name.removesuffix('_file').replace('_', '-')}"
-        if name in _POSITIONAL or value is None or value is False:
+        if value is None or value is False:
             continue
+        flag = f"--{name.removesuffix('_file').replace('_', '-')}"
         values = value if isinstance(value, list) else [value]
         words += [word for item in values for word in ([flag] if item is True else [flag, str(item)])]
-    return shlex.join(words)
+    return words
 
 
 def _positional(arguments: Mapping[str, Any]) -> list[str]:

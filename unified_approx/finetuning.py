@@ -72,8 +72,8 @@ def finetune(
         ValueError: as `train`.
     """
     model, norms = _network(result), ()
-    example = prepare(jnp.asarray(x[:_EXAMPLES]))
     if batch_norms:
+        example = prepare(jnp.asarray(x[:_EXAMPLES]))
         model, norms = insert_batch_norms(model, example, call)
     done = train(
         model,
@@ -89,7 +89,9 @@ def finetune(
         progress=progress,
         call=call,
     )
-    return replace(done, model=fold_batch_norms(done.model, norms, example, call)) if norms else done
+    if not batch_norms:
+        return done
+    return replace(done, model=fold_batch_norms(done.model, norms, example, call))
 
 
 def match_outputs(
