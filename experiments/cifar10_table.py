@@ -8,6 +8,7 @@ Finished stages are kept in the work folder, so that a killed run goes on; one s
 """
 
 import json
+import re
 import shlex
 import time
 from pathlib import Path
@@ -53,7 +54,8 @@ def main(
     allocation: str = "kl",
     form: str = "best",
     group: str = "column",
-    keep: Annotated[list[str] | None, typer.Option()] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Layers that stay as they are.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="Layers of single columns and all forms.")] = None,
     learning_rate: float = 0.02,
     batch_size: int = 128,
     seed: int = 0,
@@ -65,13 +67,16 @@ def main(
     """Make one row of the table."""
     start = time.perf_counter()
     asked = {k: v for k, v in locals().items() if k not in ("start", "data", "models", "work_dir", "json_file")}
-    kind = "-".join(map(str, (network, allocation, group, calibration, seed, *(keep or ())))).replace("/", "_")
+    own = [*(keep or ()), *(f"{pattern}-columns" for pattern in columns or ())]
+    kind = re.sub(r"[^\w.-]", "_", "-".join(map(str, (network, allocation, group, calibration, seed, *own))))
     name = f"{kind}-{budget}-{form}".replace("=", "").replace(",", "-")
     entry = zoo.entry(network)
     images, model = Images.load(entry, data, seed), published.load(network, models)
     fast, _ = ua.fastest_dense(model, images.test[:64])
     reference = evaluate.accuracy(fast, images.test, images.labels)
-    shared = {"rules": [ua.Rule(path=pattern, keep=True) for pattern in keep or ()], "group": group, "seed": seed}
+    rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
+    rules += [ua.Rule(path=pattern, group="column") for pattern in columns or ()]
+    shared = {"rules": rules, "group": group, "seed": seed}
     chosen = entry.preprocess(images.x[HELD_OUT:][:calibration])
     with compact():
         table = None
@@ -92,9 +97,9 @@ def main(
         "solve_seconds": time.perf_counter() - clock,
         "sensitivity_seconds": 0.0 if table is None else table.seconds,
         "solve_peak_rss_mb": peak_rss_mb(),
-        "accuracy_without_training": evaluate.accuracy(result.model, images.test, images.labels),
     }
     if epochs:
+        more["accuracy_without_training"] = evaluate.accuracy(result.model, images.test, images.labels)
         recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
         tuned, original = _trained(entry, images, result, fast, recipe, work_dir / name, work_dir / kind)
         more["reference_finetuned_accuracy"] = evaluate.accuracy(original, images.test, images.labels)

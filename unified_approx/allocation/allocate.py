@@ -49,7 +49,7 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
                 "sensitivity: the table is of another network, other data or groups, or timed where this run is not "
                 "(or the other way round); leave it out"
             )
-        predictable = all(s.sized for s in run.settings.values() if s.open)
+        predictable = any(s.sized for s in run.settings.values() if s.open)
         run.settings |= _rehearsed(run, budget, table) if predictable else assign_by_loss(run, budget, table)[0]
     for site in run.capture.sites:
         check_reachable(site, run.settings[site.path])
@@ -92,11 +92,17 @@ def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str,
 
 
 def _rehearsal(run: "Run", found: Mapping[Path, Settings], choice: Choice) -> nnx.Module:
-    """A network of the chosen sizes with arbitrary values."""
+    """A network of the chosen sizes with arbitrary values.
+
+    A layer whose form is chosen later is taken to read all its channels, at the multiply-adds of its size.
+    """
+    made = {}
     sites = [site for site in run.capture.sites if site.path in found]
-    made = {
-        site.path: run.module(site, sized_terms(item.form, item.size, site.geometry.matrix_shape), site.shift)
-        for site, item in zip(sites, choice.items, strict=True)
-        if item.form != "dense"
-    }
+    for site, item in zip(sites, choice.items, strict=True):
+        shape, form, size = site.geometry.matrix_shape, item.form, item.size
+        if form == "dense":
+            continue
+        if not run.settings[site.path].sized:
+            form, size = "low_rank", max(1, round(item.macs / run.positions(site) / (shape.n + shape.p)))
+        made[site.path] = run.module(site, sized_terms(form, size, shape), site.shift)
     return assemble(run.model, made, run.capture.sites)
