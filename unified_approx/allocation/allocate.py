@@ -65,20 +65,23 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
     limits = budget.given()
     scale = dict.fromkeys(limits, 1.0)
     found, choice = assign_by_loss(run, budget, table)
-    best: dict[Path, Settings] | None = None
+    best: tuple[float, dict[Path, Settings]] | None = None
     for _ in range(_REHEARSALS):
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
-        if max(used.values()) <= 1:
-            best = found
-        if _FULL <= max(used.values()) <= 1:
+        fits, before = max(used.values()) <= 1, choice
+        if fits and (best is None or choice.loss < best[0]):
+            best = choice.loss, found
+        if fits and min(used.values()) >= _FULL:
             break
         # Savings in two layers at once make the cost nearly quadratic in the limit: half a step never overshoots far.
-        scale = {name: s * (_AIM / max(used.values())) ** 0.6 for name, s in scale.items()}
+        scale = {name: s * (_AIM / used[name]) ** 0.6 for name, s in scale.items()}
         try:
             found, choice = assign_by_loss(run, budget, table, scale)
         except ValueError:  # moved below what the layers can reach: the budget itself is not at fault
             break
-    return found if best is None else best
+        if fits and max(used.values()) >= _FULL and choice.items == before.items:
+            break  # what is not used up does not bind
+    return found if best is None else best[1]
 
 
 def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str, float]:
