@@ -50,7 +50,7 @@ def main(
     network: str = "resnet20",
     budget: str = "macs=0.5",
     epochs: int = 0,
-    train_original: Annotated[bool, typer.Option(help="Beside the compressed network, for the drop.")] = True,
+    skip_original: Annotated[bool, typer.Option(help="Train the compressed network only.")] = False,
     calibration: int = 2000,
     allocation: str = "kl",
     form: str = "best",
@@ -104,7 +104,7 @@ def main(
         train = _Training(entry, images, recipe)
         tuned = train(result.model, work_dir / name, teacher=model)
         result = ua.Result(model=tuned, report=result.report)
-        if train_original:
+        if not skip_original:
             again = train(model, work_dir / network)
             more["reference_finetuned_accuracy"] = evaluate.accuracy(again, images.test, images.labels)
     row = comparison.compare(
