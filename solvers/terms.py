@@ -42,12 +42,12 @@ def index_bits(kept: int, total: int) -> int:
     return min(kept * max(1, ceil(log2(total))), total)
 
 
-def _channels_of(read: Bool[np.ndarray, " columns"], c_in: int) -> Bool[np.ndarray, " c_in"]:
+def channels_of(read: Bool[np.ndarray, " columns"], c_in: int) -> Bool[np.ndarray, " c_in"]:
     """Which input channels the flagged columns belong to."""
     return np.any(read.reshape(-1, c_in), axis=0)
 
 
-def _moved(
+def moved(
     columns: Int[np.ndarray, " k"], kept: Int[np.ndarray, " channels"], c_in: int
 ) -> tuple[Bool[np.ndarray, " k"], Int32[np.ndarray, " left"]]:
     """Which columns are of the kept (increasing) input channels, and their numbers where there are no others."""
@@ -119,11 +119,11 @@ class Dense:
 
     def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
         """Those with a column that is not zero."""
-        return _channels_of(np.any(self.values, axis=0), shape.c_in)
+        return channels_of(np.any(self.values, axis=0), shape.c_in)
 
     def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Dense":
         """Take the columns."""
-        return Dense(self.values[:, _moved(np.arange(shape.p), kept, shape.c_in)[0]])
+        return Dense(self.values[:, moved(np.arange(shape.p), kept, shape.c_in)[0]])
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ class Columns:
         """Those with a kept column that is not zero."""
         read = np.zeros(shape.p, bool)
         read[self.indices] = self.values.any(axis=0)
-        return _channels_of(read, shape.c_in)
+        return channels_of(read, shape.c_in)
 
     def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Columns":
         """Number the columns anew."""
-        here, indices = _moved(self.indices, kept, shape.c_in)
+        here, indices = moved(self.indices, kept, shape.c_in)
         return Columns(self.values[:, here], indices)
 
 
@@ -298,13 +298,13 @@ class Spatial:
     def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
         """Those with a column of the first factor that is not zero."""
         first = self.full_first(shape.window[1] * shape.c_in)
-        return _channels_of(np.any(first, axis=0), shape.c_in)
+        return channels_of(np.any(first, axis=0), shape.c_in)
 
     def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Spatial":
         """Take the columns of the first factor."""
         others = np.setdiff1d(np.arange(shape.window[1] * shape.c_in), self.pivots)
-        here = _moved(others, kept, shape.c_in)[0]
-        return Spatial(self.first[:, here], self.second, _moved(self.pivots, kept, shape.c_in)[1])
+        here = moved(others, kept, shape.c_in)[0]
+        return Spatial(self.first[:, here], self.second, moved(self.pivots, kept, shape.c_in)[1])
 
 
 def total_matrix(terms: Sequence[Term], shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
@@ -316,14 +316,10 @@ def total_matrix(terms: Sequence[Term], shape: MatrixShape) -> Float32[np.ndarra
 
 
 def figures(terms: Sequence[Term], shape: MatrixShape) -> dict[str, int]:
-    """Stored values `params`, their `index_bits`, `kept_columns` of the sparse part, `rank` of the low-rank part."""
+    """Stored values `params`, their `index_bits`, `kept_columns` of the sparse part, `rank` of the factored parts."""
     return {
         "params": sum(t.num_params for t in terms),
         "index_bits": sum(t.index_bits(shape) for t in terms),
         "kept_columns": sum(len(t.indices) for t in terms if isinstance(t, Columns)),
-        "rank": sum(t.rank for t in terms if isinstance(t, LowRank | Spatial)),
+        "rank": sum(getattr(t, "rank", 0) for t in terms),
     }
-
-
-# The name of each kind of term in files.
-TERMS: dict[str, type] = {"dense": Dense, "columns": Columns, "low_rank": LowRank, "spatial": Spatial}

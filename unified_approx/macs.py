@@ -1,7 +1,7 @@
 """Counting multiply-adds on the jaxpr of a forward pass, and telling whose weights they are made with."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -19,7 +19,7 @@ from unified_approx.sites import Path
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One product or convolution of data with a module's weights, as one forward pass runs it.
+    """One product, convolution or filter of data with a module's weights, as one forward pass runs it.
 
     Attributes:
         path: the module; () when both operands are data.
@@ -51,13 +51,15 @@ class Walk:
 
     Attributes:
         owner: the module that a Variable's path belongs to.
+        filters: modules whose elementwise products with data count too: depthwise filters.
         calls: products of data with weights, in order.
         follows: for each module whose weights meet data elementwise, the layer whose output that is, if there is one
             and only affine operations lie between.
     """
 
-    def __init__(self, owner: Callable[[Path], Path]):
+    def __init__(self, owner: Callable[[Path], Path], filters: Collection[Path] = ()):
         self.owner = owner
+        self.filters = filters
         self.calls: list[LayerCall] = []
         self.follows: dict[Path, Path | None] = {}
 
@@ -121,6 +123,9 @@ class Walk:
         layer = before[0] if len(before) == 1 and eqn.primitive.name in _AFFINE else None
         for path in weights:
             self.follows.setdefault(self.owner(path), layer)
+        if eqn.primitive.name == "mul" and (found := {self.owner(path) for path in weights}.intersection(self.filters)):
+            out = eqn.outvars[0].aval
+            self.calls.append(LayerCall(min(found, key=str), times * prod(out.shape), out.shape, out.dtype.name))
         return _Source(data=True, layer=layer)
 
 
@@ -152,7 +157,7 @@ def walk(model: nnx.Module, example: tuple[Any, ...], call: Call | None) -> Walk
         return (call or forward)(nnx.merge(graphdef, jax.tree.unflatten(tree, values)), *args)
 
     closed = jax.make_jaxpr(traced)([value for _, value in leaves], *example)
-    walked = Walk(owner)
+    walked = Walk(owner, layers)
     weights = [_Source(paths=frozenset([path])) for path in paths]
     walked.run(closed, weights + [_Source(data=True)] * (len(closed.jaxpr.invars) - len(weights)))
     return walked

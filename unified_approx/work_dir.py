@@ -13,9 +13,10 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solvers.terms import TERMS, Term
+from solvers.terms import Term
 from unified_approx.allocation.sensitivity import Sensitivity
 from unified_approx.files import claim, replacing
+from unified_approx.layers import KINDS, layer_class
 
 _SENSITIVITY = "sensitivity.json"
 
@@ -42,11 +43,10 @@ class WorkDir:
 
     def store(self, index: int, terms: tuple[Term, ...], bias: np.ndarray, row: dict[str, Any]) -> None:
         """Write one solved layer; it is there whole or not at all."""
-        kinds = {cls: kind for kind, cls in TERMS.items()}
         tensors = {"bias": np.ascontiguousarray(bias)}
         for i, term in enumerate(terms):
             tensors |= {f"{i}.{name}": np.ascontiguousarray(value) for name, value in vars(term).items()}
-        header = {"kinds": [kinds[type(term)] for term in terms], "row": row}
+        header = {"kinds": [layer_class(term).kind for term in terms], "row": row}
         with replacing(self._file(index)) as partial:
             save_file(tensors, partial, metadata={"layer": json.dumps(header)})
 
@@ -76,5 +76,5 @@ class WorkDir:
         for i, kind in enumerate(header["kinds"]):
             prefix = f"{i}."
             fields = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            terms.append(TERMS[kind](**fields))
+            terms.append(KINDS[kind].term_type(**fields))
         return tuple(terms), tensors["bias"], header["row"]

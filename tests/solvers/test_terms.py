@@ -1,9 +1,13 @@
 """The stored pieces: matrices, sizes, indices, row scaling."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from solvers.terms import TERMS, Columns, Dense, LowRank, MatrixShape, Spatial, figures, index_bits
+from solvers.tensor_terms import Cp3, Cp4, Tucker2
+from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, figures, index_bits
+from unified_approx.layers import KINDS
 
 RNG = np.random.default_rng(0)
 SHAPE = MatrixShape((2, 3), 4, 5)  # n = 5, p = 24
@@ -22,6 +26,9 @@ CASES = {
     ),
     "spatial": (Spatial(values(2, 12), values(5, 2, 2)), 44, 0),
     "spatial gauge": (Spatial(values(2, 10), values(5, 2, 2), np.array([11, 3], np.int32)), 40, 8),
+    "tucker2": (Tucker2(values(2, 4), values(3, 6, 2), values(5, 3)), 59, 0),
+    "cp3": (Cp3(first=values(3, 4), middle=values(3, 6), last=values(5, 3)), 45, 0),
+    "cp4": (Cp4(first=values(3, 4), height=values(3, 2), width=values(3, 3), last=values(5, 3)), 42, 0),
 }  # fmt: skip
 
 
@@ -86,7 +93,7 @@ def test_figures():
 
 
 def test_every_kind_is_covered():
-    assert {type(case[0]) for case in CASES.values()} == set(TERMS.values())
+    assert {type(case[0]) for case in CASES.values()} == {layer.term_type for layer in KINDS.values()}
 
 
 def test_gauge_rows_are_unit_vectors():
@@ -102,6 +109,36 @@ def test_spatial_matrix_is_two_convolutions():
     kernel = term.matrix(SHAPE).reshape(5, 2, 3, 4)
     for o, i, j, c in [(0, 0, 0, 0), (4, 1, 2, 3), (2, 1, 0, 1)]:
         np.testing.assert_allclose(kernel[o, i, j, c], second[o, i] @ first[:, j * 4 + c], rtol=1e-5)
+
+
+def test_tensor_terms_are_their_sums():
+    """By the definitions, entry by entry, in float64."""
+    places = list(np.ndindex(2, 3))
+    for name, at in (("tucker2", (4, 5, 1)), ("cp3", (0, 2, 3)), ("cp4", (3, 4, 0))):
+        term, (o, s, c) = CASES[name][0], at
+        f = {key: np.asarray(array, np.float64) for key, array in vars(term).items()}
+        if name == "tucker2":
+            expected = sum(f["last"][o, a] * f["core"][a, s, b] * f["first"][b, c] for a in range(3) for b in range(2))
+        elif name == "cp3":
+            expected = sum(f["last"][o, r] * f["middle"][r, s] * f["first"][r, c] for r in range(3))
+        else:
+            i, j = places[s]
+            expected = sum(f["last"][o, r] * f["height"][r, i] * f["width"][r, j] * f["first"][r, c] for r in range(3))
+        np.testing.assert_allclose(term.matrix(SHAPE).reshape(5, 6, 4)[o, s, c], expected, rtol=1e-5)
+
+
+def test_tensor_terms_drop_what_the_remaining_rows_do_not_use():
+    """Rows 0 and 2 read one channel after the core, which reads one before it; likewise components."""
+    tucker = CASES["tucker2"][0]
+    last, core = tucker.last.copy(), tucker.core.copy()
+    last[[0, 2], 1:], core[0, :, 1] = 0, 0
+    cut = Tucker2(tucker.first, core, last).with_rows(np.array([0, 2]))
+    assert (cut.first.shape, cut.core.shape, cut.last.shape) == ((1, 4), (1, 6, 1), (2, 1))
+    for name in ("cp3", "cp4"):
+        term = CASES[name][0]
+        used = term.last.copy()
+        used[[0, 2], :2] = 0
+        assert replace(term, last=used).with_rows(np.array([0, 2])).rank == 1
 
 
 def test_index_bits_take_the_cheaper_code():

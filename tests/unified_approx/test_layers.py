@@ -8,7 +8,9 @@ import optax
 import pytest
 from flax import nnx
 
+from solvers.tensor_terms import Cp3, Cp4, Tucker2
 from solvers.terms import Columns, Dense, LowRank, Spatial
+from unified_approx.cost import network_cost
 from unified_approx.im2col import Geometry, convolve, matrix_to_kernel
 from unified_approx.layers import KINDS, FactoredConv, FactoredLinear, Index, factored_class, geometry_of, layer_class
 
@@ -49,8 +51,18 @@ def terms_for(geometry):
             LowRank(normal(n - 2, 2), normal(2, len(rest)), rest, pivots),
         ],
     }
+    if geometry.window:
+        places = int(np.prod(geometry.window))
+        sums["tucker2"] = [Tucker2(normal(2, geometry.c_in), normal(3, places, 2), normal(n, 3))]
+        sums["cp3 + columns"] = [
+            Cp3(first=normal(3, geometry.c_in), middle=normal(3, places), last=normal(n, 3)),
+            Columns(normal(n, len(some)), some),
+        ]
     if len(geometry.window) == 2:
         kh, kw = geometry.window
+        sums["cp4"] = [
+            Cp4(first=normal(4, geometry.c_in), height=normal(4, kh), width=normal(4, kw), last=normal(n, 4))
+        ]
         wide = kw * geometry.c_in
         sums["spatial"] = [Spatial(normal(3, wide), normal(n, kh, 3))]
         gauge = Spatial(normal(2, wide - 2), normal(n, kh, 2), np.asarray([4, 1], np.int32))
@@ -95,7 +107,30 @@ def test_every_execution_is_the_sum_of_the_matrices(geometry, spatial):
         assert {"factored:convolution+channels", "factored:convolution+patches"} <= names
 
 
-@pytest.mark.parametrize("kind", ["dense", "columns", "channels", "low rank", "spatial"])
+@pytest.mark.parametrize("name", ["strided, dilated", "lopsided, explicit", "1-D", "1x1 strided"])
+def test_tensor_terms_stride_pad_and_dilate_where_the_layer_does(name):
+    """musco-pytorch drops dilation and padding modes, and CP-4 its bias after a second compression."""
+    geometry, spatial = GEOMETRIES[name]
+    sums = terms_for(geometry)
+    for kind in ("tucker2", "cp3 + columns", *(("cp4",) if len(geometry.window) == 2 else ())):
+        names = check_every_form(geometry, spatial, sums[kind])
+        assert len(names) >= 4
+
+
+@pytest.mark.parametrize("name", ["same", "strided, dilated", "lopsided, explicit"])
+def test_multiply_adds_are_those_of_the_traced_program(name):
+    geometry, spatial = GEOMETRIES[name]
+    for kind in ("tucker2", "cp3 + columns", "cp4", "spatial"):
+        layer = FactoredConv.from_terms(terms_for(geometry)[kind], None, geometry)
+        for execution in layer.executions():
+            form = layer.with_execution(execution)
+            assert network_cost(form, np.zeros((2, *spatial, 6), np.float32)).macs == form.macs(spatial), (
+                kind,
+                execution,
+            )
+
+
+@pytest.mark.parametrize("kind", ["dense", "columns", "channels", "low rank", "spatial", "tucker2", "cp4"])
 def test_every_kind_alone(kind):
     geometry, spatial = GEOMETRIES["same"]
     names = check_every_form(geometry, spatial, terms_for(geometry)[kind])
@@ -229,7 +264,7 @@ def test_shapes_and_dtypes_are_those_of_flax(dtype, param_dtype, inputs):
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_spec_and_tensors_rebuild_the_layer_bit_for_bit(param_dtype):
     for geometry, _ in (GEOMETRIES["lopsided, explicit"], GEOMETRIES["dense"]):
-        for terms in list(terms_for(geometry).values())[-2:]:
+        for terms in terms_for(geometry).values():
             cls = factored_class(geometry)
             layer = cls.from_terms(terms, normal(5), geometry, param_dtype=param_dtype, dtype="float32")
             layer = layer.with_execution(layer.executions()[-1])
@@ -286,6 +321,10 @@ WRONG = {
     "pivots: 1 of them": [LowRank(normal(4, 2), normal(2, 3), INDEX, np.asarray([1], np.int32))],
     "pivots: has repeated": [LowRank(normal(3, 2), normal(2, 3), INDEX, np.asarray([1, 1], np.int32))],
     "first.shape": [Spatial(normal(2, 5), normal(5, 3, 2))],
+    "core.shape": [Tucker2(normal(2, 6), normal(2, 4, 2), normal(5, 2))],
+    r"ranks=\(0, 1\)": [Tucker2(normal(1, 6), normal(0, 9, 1), normal(5, 0))],
+    "middle.shape": [Cp3(first=normal(2, 6), middle=normal(2, 8), last=normal(5, 2))],
+    "width.shape": [Cp4(first=normal(2, 6), height=normal(2, 3), width=normal(2, 4), last=normal(5, 2))],
     "second.shape": [Spatial(normal(2, 18), normal(5, 2, 2))],
 }
 

@@ -17,6 +17,7 @@ from unified_approx.im2col import Geometry, normalize, output_shape
 CONVOLUTION = "convolution"
 CHANNELS = "channels"
 PATCHES = "patches"
+TAPS = "taps"
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -132,6 +133,13 @@ def check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless `array` has that shape."""
     if array.shape != shape:
         raise ValueError(f"{name}.shape={array.shape}: the layer's geometry needs {shape}")
+
+
+def check_window(kind: str, geometry: Geometry, axes: int | None = None) -> None:
+    """Raise a ValueError unless the layer is a convolution, with that many spatial axes if it matters."""
+    if not geometry.window or axes not in (None, len(geometry.window)):
+        needed = "a convolution" if axes is None else f"a {axes}-D convolution"
+        raise ValueError(f"window={geometry.window}: a {kind} term needs {needed}; use low rank instead")
 
 
 def check_indices(name: str, indices: np.ndarray, total: int, *, increasing: bool = True) -> None:

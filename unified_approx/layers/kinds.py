@@ -3,9 +3,11 @@
 from solvers.terms import Term
 from unified_approx.layers.columns import ColumnsTerm
 from unified_approx.layers.common import TermLayer
+from unified_approx.layers.cp import Cp3Term, Cp4Term
 from unified_approx.layers.dense import DenseTerm
 from unified_approx.layers.low_rank import LowRankTerm
 from unified_approx.layers.spatial import SpatialTerm
+from unified_approx.layers.tucker import Tucker2Term
 
 KINDS: dict[str, type[TermLayer]] = {
     layer.kind: layer
@@ -14,6 +16,9 @@ KINDS: dict[str, type[TermLayer]] = {
         ColumnsTerm,
         LowRankTerm,
         SpatialTerm,
+        Tucker2Term,
+        Cp3Term,
+        Cp4Term,
     )
 }
 

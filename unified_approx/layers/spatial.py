@@ -16,6 +16,7 @@ from unified_approx.layers.common import (
     TermLayer,
     check_execution,
     check_shape,
+    check_window,
     index,
     parameter,
 )
@@ -54,8 +55,7 @@ class SpatialTerm(TermLayer):
         cls, term: Spatial, geometry: Geometry, *, dtype: DTypeLike = "float32", execution: str | None = None
     ) -> "SpatialTerm":
         """See `TermLayer.from_term`; refuses what is not a 2-D convolution."""
-        if len(geometry.window) != 2:
-            raise ValueError(f"window={geometry.window}: a spatial term needs a 2-D convolution; use low rank instead")
+        check_window(cls.kind, geometry, axes=2)
         (kh, kw), r = geometry.window, term.rank
         if r < 1:
             raise ValueError("rank=0: a spatial term needs a rank of at least 1; leave it out")
