@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from solvers.activation import IDENTITY, RELU
 from solvers.admm import path, solve
 from solvers.admm_state import AdmmOptions, AdmmSolution, Status
-from solvers.forms import Candidate, Context, two_level_candidate
+from solvers.candidates import Candidate, Context
+from solvers.forms import two_level_candidate
 from solvers.m_step import MajorizeMinimize
 from solvers.penalties import penalized_fractions
 from solvers.prox import COLUMNS, Grouping, channels

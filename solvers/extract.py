@@ -28,7 +28,7 @@ def extract_dense(m: Float[np.ndarray | Array, "n p"]) -> tuple[Term, ...]:
     Raises:
         ValueError: m is not finite.
     """
-    return (Dense(_checked(m).astype(np.float32)),)
+    return (Dense(checked(m).astype(np.float32)),)
 
 
 def extract_two_level(
@@ -54,7 +54,7 @@ def extract_two_level(
     Raises:
         ValueError: m is not finite or not of this structure.
     """
-    matrix, is_free = _checked(m), np.asarray(free, bool)
+    matrix, is_free = checked(m), np.asarray(free, bool)
     is_tail = np.asarray(tail, bool) & ~is_free
     if is_free.shape != matrix.shape[1:] or is_tail.shape != matrix.shape[1:]:
         raise ValueError(f"free {is_free.shape} and tail {is_tail.shape}: pass one flag per column of m {matrix.shape}")
@@ -64,7 +64,7 @@ def extract_two_level(
     factors = _factor(matrix[:, is_tail], int(rank))
     if factors is not None:
         terms.append(_low_rank(*factors, _indices(is_tail), gauge))
-    _require_structure(matrix, terms, MatrixShape((), matrix.shape[1], matrix.shape[0]))
+    require_structure(matrix, terms, MatrixShape((), matrix.shape[1], matrix.shape[0]))
     return tuple(terms)
 
 
@@ -98,7 +98,7 @@ def extract_spatial(
     Raises:
         ValueError: shapes do not fit, m is not finite or not of this structure.
     """
-    matrix, single = _checked(m), np.asarray(columns, bool)
+    matrix, single = checked(m), np.asarray(columns, bool)
     n, p = matrix.shape
     basis = np.asarray(first, np.float64)[: int(rank)]
     if len(window) != 2 or prod(window) * c_in != p or basis.shape[1] * window[0] != p or single.shape != (p,):
@@ -113,11 +113,12 @@ def extract_spatial(
         terms.append(_spatial(basis, second, shape, gauge))
     if single.any():
         terms.append(Columns(rest[:, single].astype(np.float32), _indices(single)))
-    _require_structure(matrix, terms, shape)
+    require_structure(matrix, terms, shape)
     return tuple(terms)
 
 
-def _checked(m: Float[np.ndarray | Array, "n p"]) -> Float64[np.ndarray, "n p"]:
+def checked(m: Float[np.ndarray | Array, "n p"]) -> Float64[np.ndarray, "n p"]:
+    """The matrix in float64; a ValueError if it is not finite."""
     matrix = np.asarray(m, np.float64)
     if not np.isfinite(matrix).all():
         raise ValueError("m holds NaN or Inf: the fit failed; keep the layer dense or raise the ridge")
@@ -134,7 +135,8 @@ def _distance(approximation: Float[np.ndarray, "n p"], target: Float64[np.ndarra
     return float(np.linalg.norm(approximation - target) / (scale if scale > 0 else 1.0))
 
 
-def _require_structure(matrix: Float64[np.ndarray, "n p"], terms: list[Term], shape: MatrixShape) -> None:
+def require_structure(matrix: Float64[np.ndarray, "n p"], terms: list[Term], shape: MatrixShape) -> None:
+    """Raise a ValueError unless the terms add up to the matrix."""
     total = sum((t.matrix(shape).astype(np.float64) for t in terms), np.zeros_like(matrix))
     distance = _distance(total, matrix)
     if distance > STRUCTURE_TOLERANCE:
@@ -143,7 +145,7 @@ def _require_structure(matrix: Float64[np.ndarray, "n p"], terms: list[Term], sh
         )
 
 
-def _leading_svd(
+def leading_svd(
     tail: Float64[np.ndarray, "n k"], rank: int
 ) -> tuple[Float64[np.ndarray, "n q"], Float64[np.ndarray, " q"], Float64[np.ndarray, "q k"]]:
     """At least the `rank` leading singular triples of a matrix that has hardly more.
@@ -169,7 +171,7 @@ def _factor(
         raise ValueError(f"rank={rank}: must be 0 or more")
     if not rank or not tail.size or not tail.any():
         return None
-    u, s, v = _leading_svd(tail, rank)
+    u, s, v = leading_svd(tail, rank)
     r = min(rank, int(np.sum(s > RANK_TOLERANCE * s[0])))
     root = np.sqrt(s[:r])
     return u[:, :r] * root[None, :], root[:, None] * v[:r]

@@ -4,22 +4,22 @@ A form is one function `(Context) -> Candidate | None` and one row in `FORMS`. S
 (the paper's ADMM, which works on rows, is in `admm_form.py`); fitting and refinement are the same for all.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import ceil, log2, sqrt
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from solvers import columns, spatial, two_level
+from solvers.candidates import Candidate, Context
 from solvers.extract import extract_spatial, extract_two_level
-from solvers.gram import GramStatistics
-from solvers.reconstruction import LayerProblem
-from solvers.structure import Structure, column_structure, feature_structure
-from solvers.terms import MatrixShape, Term
+from solvers.factor_sizes import check_ranks, cost
+from solvers.structure import column_structure, feature_structure
+from solvers.tensor_forms import cp3_form, cp4_form, tucker2_form
 
 # Selection is dominated by LAPACK calls and products; compiling its many small loops costs more than they ever run.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -41,67 +41,6 @@ _spatial_ranks = jax.jit(
 )
 
 _SPATIAL_FRACTIONS = (0.4, 0.7, 0.85, 1.0)  # of the largest rank that the budget pays for
-
-Extract = Callable[[np.ndarray], tuple[Term, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What a form may look at.
-
-    Attributes:
-        stats: statistics of the calibration rows with ridge, outputs scaled by sqrt(weights).
-        w: least-squares matrix for these statistics, (n, p).
-        problem: the rows.
-        shape: the layer as a matrix.
-        budget: what may be stored, in values; an index counts its bits / 32.
-        group: "column" or "channel".
-        gauge: store factors with an identity block (fewer values for the same matrix).
-        round_to: kept columns (groups) and ranks are multiples of it; see `rounded`.
-    """
-
-    stats: GramStatistics
-    w: Float[Array, "n p"]
-    problem: LayerProblem
-    shape: MatrixShape
-    budget: float
-    group: str = "column"
-    gauge: bool = True
-    round_to: int = 1
-
-    def rounded(self, size: int, most: int) -> int:
-        """A number of columns or groups, or a rank, rounded down; as it is if it is all of them or below `round_to`."""
-        return size if size >= most or size < self.round_to else size // self.round_to * self.round_to
-
-    def rounded_ranks(self, ranks: Iterable[int], most: int) -> list[int]:
-        """Candidates for a rank, rounded down; those below `round_to` only if all are."""
-        found = {self.rounded(rank, most) for rank in ranks}
-        return sorted({rank for rank in found if rank >= self.round_to} or found)
-
-    @property
-    def index_cost(self) -> float:
-        """Values' worth of one set of column indices at most (a bitmap)."""
-        return self.shape.p / 32
-
-    @property
-    def pivot_cost(self) -> float:
-        """Values' worth of one pivot index."""
-        return ceil(log2(max(2, self.shape.n))) / 32 if self.gauge else 0.0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A proposed structure.
-
-    Attributes:
-        structure: what is kept; refit and refinement work on it.
-        extract: a fitted matrix of this structure -> the terms that are stored.
-        num_steps: iterations that selection took, where it counts them.
-    """
-
-    structure: Structure
-    extract: Extract
-    num_steps: int = 0
 
 
 def two_level_candidate(
@@ -140,7 +79,11 @@ def column_form(context: Context) -> Candidate | None:
 def low_rank_form(context: Context) -> Candidate | None:
     """Data-aware low rank: reduced-rank regression on all columns."""
     n, p = context.shape.n, context.shape.p
-    rank = context.rounded(largest_rank(context.budget, n, p, context.gauge, context.pivot_cost), min(n, p))
+    if context.ranks is None:
+        rank = context.rounded(largest_rank(context.budget, n, p, context.gauge, context.pivot_cost), min(n, p))
+    else:
+        check_ranks("low_rank", context.shape, context.ranks)
+        (rank,) = context.ranks
     if rank < 1:
         return None
     return two_level_candidate(context, jnp.zeros(p, bool), jnp.ones(p, bool), rank)
@@ -217,15 +160,20 @@ def sum_form(context: Context) -> Candidate | None:
 def spatial_form(context: Context) -> Candidate | None:
     """Spatial low rank + columns, for kernels with more than one row; the best of a few ranks."""
     n, p, window, c_in = context.shape.n, context.shape.p, context.shape.window, context.shape.c_in
-    if len(window) != 2 or window[0] < 2 or context.group == "channel":
+    if context.ranks is None and (len(window) != 2 or window[0] < 2 or context.group == "channel"):
         return None
-    budget = int(context.budget - context.index_cost)
-    pivot_cost = ceil(log2(window[1] * c_in)) / 32 if context.gauge else 0.0
-    ranks = _spatial_ranks(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
     options = spatial.SpatialOptions.for_size(n, p, window)
-    price = {"gauge": context.gauge, "pivot_cost": pivot_cost, "round_to": context.round_to}
+    if context.ranks is None:
+        budget = int(context.budget - context.index_cost)
+        pivot_cost = ceil(log2(window[1] * c_in)) / 32 if context.gauge else 0.0
+        ranks = _spatial_ranks(n, p, window, budget, gauge=context.gauge, fractions=_SPATIAL_FRACTIONS)
+        sizes = context.rounded_ranks((int(rank) for rank in np.asarray(ranks) if rank > 0), n * p)
+        price = {"gauge": context.gauge, "pivot_cost": pivot_cost, "round_to": context.round_to}
+    else:  # the pair alone: its plain cost leaves nothing for columns
+        check_ranks("spatial", context.shape, context.ranks)
+        budget, sizes, price = int(cost("spatial", context.shape, context.ranks)), list(context.ranks), {"gauge": False}
+        options = replace(options, max_rank=max(*sizes, spatial.rank_bound(n, p, window)))
     select = partial(_select_spatial, **price, options=options)
-    sizes = context.rounded_ranks((int(rank) for rank in np.asarray(ranks) if rank > 0), n * p)
     found = [select(context.stats, context.w, window, budget, np.int32(rank)) for rank in sizes]
     if not found:
         return None
@@ -241,4 +189,7 @@ FORMS: dict[str, Callable[[Context], Candidate | None]] = {
     "sum": sum_form,
     "two_level": two_level_form,
     "spatial": spatial_form,
+    "tucker2": tucker2_form,
+    "cp3": cp3_form,
+    "cp4": cp4_form,
 }

@@ -62,6 +62,18 @@ def gram_statistics(problem: LayerProblem) -> GramStatistics:
     )
 
 
+def weight_statistics(w: Float[Array, "n p"], bias: Float[Array, " n"]) -> GramStatistics:
+    """The statistics under which the mean squared error of m is ||w - m||^2: uncorrelated inputs of unit energy."""
+    p, dtype = w.shape[1], w.dtype
+    return GramStatistics(
+        gram=jnp.eye(p, dtype=dtype),
+        cross=w,
+        x_mean=jnp.zeros(p, dtype),
+        target_mean=jnp.asarray(bias, dtype),
+        target_energy=jnp.sum(w * w),
+    )
+
+
 @jax.jit
 def with_ridge(
     stats: GramStatistics, ridge: Float[ArrayLike, ""], towards: Float[Array, "n p"] | None = None

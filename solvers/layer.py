@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Float32
 
 from solvers.admm_form import FRACTIONS, admm_candidate, penalized_candidate
 from solvers.admm_state import AdmmOptions
-from solvers.forms import FORMS, Candidate, Context
-from solvers.gram import GramStatistics, best_bias, linear_error
+from solvers.candidates import Candidate, Context
+from solvers.factor_sizes import FACTORED, check_ranks
+from solvers.forms import FORMS
+from solvers.gram import GramStatistics, best_bias, linear_error, weight_statistics
 from solvers.reconstruction import LayerProblem, relative_error
 from solvers.refine import RefineOptions, blend_for, refine
 from solvers.ridge import selection_statistics
@@ -26,7 +28,8 @@ from solvers.structure import Structure, fit
 from solvers.terms import Columns, Dense, MatrixShape, Term, figures, total_matrix
 
 FORM_NAMES = (*FORMS, "admm")
-_TRIED = tuple(name for name in FORM_NAMES if name != "sum")  # two-level contains the sum, and has beaten it so far
+# Two-level contains the sum, and has beaten it so far; CP and Tucker-2 are asked for by name.
+_TRIED = tuple(name for name in FORM_NAMES if name not in ("sum", "tucker2", "cp3", "cp4"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class LayerOptions:
         float64_up_to: largest p for which selection runs in float64.
         round_to: numbers of kept columns (or channels, with group="channel") and ranks are rounded down to multiples of
             it, for machines that like some sizes. Where less than one multiple fits, sizes stay as they are.
+        ranks: of the one factored form that `form` names, in place of a budget: (r,), for "tucker2" (outputs, inputs).
+        data_aware: fit the layer's response; otherwise its weights alone, all inputs alike, without a look at the rows.
     """
 
     form: str | tuple[str, ...] = "best"
@@ -63,6 +68,8 @@ class LayerOptions:
     admm_fractions: tuple[float, ...] = FRACTIONS
     float64_up_to: int = 1536
     round_to: int = 1
+    ranks: tuple[int, ...] | None = None
+    data_aware: bool = True
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.wanted() if name not in FORM_NAMES]
@@ -72,6 +79,10 @@ class LayerOptions:
             raise ValueError(f"group: {self.group!r} is unknown; choose column or channel")
         if self.round_to < 1:
             raise ValueError(f"round_to: {self.round_to!r} is not a whole number from 1 on; 8 suits many machines")
+        if self.ranks is not None and self.form not in FACTORED:
+            raise ValueError(f"ranks: {self.ranks} for form {self.form!r}; name one of {', '.join(FACTORED)}")
+        if not self.data_aware and "admm" in self.wanted():
+            raise ValueError("form: the ADMM fits the response; leave it out, or leave data_aware=True")
         fractions = self.admm_fractions
         if not fractions or min(fractions) <= 0 or list(fractions) != sorted(fractions, reverse=True):
             raise ValueError(f"admm_fractions: {fractions} are not decreasing positive fractions, at least one")
@@ -79,7 +90,7 @@ class LayerOptions:
     def wanted(self) -> tuple[str, ...]:
         """Names of the forms to try."""
         if self.form == "best":
-            return _TRIED
+            return _TRIED if self.data_aware else tuple(FORMS)
         return (self.form,) if isinstance(self.form, str) else self.form
 
 
@@ -208,7 +219,12 @@ class _Solver:
         rows, wide = problem.x.shape[0], options.float64_up_to
         found = selection_statistics(problem, held_out, ridge=options.ridge, float64_up_to=wide, original=original)
         self.raw, self.held_stats, self.stats, self.w, ridge, self.wide = found
-        if rows < shape.p or ridge > 1e3 * options.ridge:
+        if not options.data_aware:
+            assert original is not None
+            with jax.enable_x64(self.wide):
+                self.w = jnp.asarray(original, self.w.dtype)
+                self.stats = weight_statistics(self.w, problem.bias)
+        elif rows < shape.p or ridge > 1e3 * options.ridge:
             self.warnings.append(f"{rows} rows for {shape.p} features: solved with a ridge of {ridge:g}")
 
     def context(self, budget: float) -> Context:
@@ -221,6 +237,7 @@ class _Solver:
             group=self.options.group,
             gauge=self.options.gauge,
             round_to=self.options.round_to,
+            ranks=self.options.ranks,
         )
 
     def trial(self, candidate: Candidate) -> _Trial:
@@ -270,7 +287,8 @@ def _measure(trials: dict[str, _Trial], solver: _Solver) -> str | None:
     if not finite:
         return None
     best = min(t.selected for t in finite.values())
-    if solver.options.refine is not None and solver.options.refine.steps > 0:
+    refines = solver.options.data_aware and solver.options.refine is not None and solver.options.refine.steps > 0
+    if refines:
         for trial in finite.values():
             if trial.selected <= best * solver.options.refine_within:
                 solver.refine(trial)
@@ -312,23 +330,25 @@ def solve(
         problem: calibration rows.
         held_out: rows of other images, of the same layer.
         shape: the layer as a matrix.
-        budget: stored values, indices counted as bits / 32.
+        budget: stored values, indices counted as bits / 32; None if `options.ranks` says how large the form is.
         penalties: instead of a budget, (lambda_sparse, lambda_rank) as fractions of their maxima: the paper's
             penalised ADMM, refitted.
-        original: the layer's own matrix; where rows are few the fit stays near it.
+        original: the layer's own matrix; where rows are few the fit stays near it. Needed without `data_aware`.
         start: where the penalised ADMM starts, for example the matrix found for penalties nearby.
         options: static choices.
 
     Raises:
-        ValueError: neither or both of budget and penalties, a budget below `minimum_budget`, or negative penalties.
+        ValueError: none or several of budget, penalties and ranks, a budget below `minimum_budget`, negative penalties,
+            or ranks that do not fit.
     """
-    _validate(problem, shape, budget, penalties)
+    _validate(problem, shape, budget, penalties, options)
+    if not options.data_aware and original is None:
+        raise ValueError("original: None; without data_aware the layer's own matrix is what is fitted")
     solver = _Solver(problem, held_out, shape, options, original)
     if penalties is not None:
         proposals = {"admm": penalized_candidate(solver.context(0.0), penalties, options.admm, start)}
     else:
-        assert budget is not None
-        proposals = _propose(solver, budget)
+        proposals = _propose(solver, budget or 0.0)
     trials = {name: solver.trial(candidate) for name, candidate in proposals.items()}
     winner = _measure(trials, solver)
     bias = np.asarray(problem.bias, np.float32)
@@ -358,10 +378,14 @@ def dense(problem: LayerProblem, w: Float[Array, "n p"], bias: Float[Array, " n"
 
 
 def _validate(
-    problem: LayerProblem, shape: MatrixShape, budget: float | None, penalties: tuple[float, float] | None
+    problem: LayerProblem,
+    shape: MatrixShape,
+    budget: float | None,
+    penalties: tuple[float, float] | None,
+    options: LayerOptions,
 ) -> None:
-    if (budget is None) == (penalties is None):
-        raise ValueError("budget, penalties: give exactly one of them")
+    if sum(given is not None for given in (budget, penalties, options.ranks)) != 1:
+        raise ValueError("budget, penalties, options.ranks: give exactly one of them")
     if problem.x.shape[1] != shape.p or problem.y.shape[1] != shape.n:
         raise ValueError(
             f"shape: the rows have {problem.x.shape[1]} features and {problem.y.shape[1]} outputs, "
@@ -371,3 +395,6 @@ def _validate(
         raise ValueError(f"budget: {budget:g} values is below the smallest reachable, {minimum_budget(shape):g}")
     if penalties is not None and not all(0 <= x <= 1 for x in penalties):
         raise ValueError(f"penalties: {penalties} must be fractions of the maxima, in [0, 1]")
+    if options.ranks is not None:
+        assert isinstance(options.form, str)
+        check_ranks(options.form, shape, options.ranks)

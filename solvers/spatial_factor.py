@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve, solve_triangular
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from solvers.lbfgs import minimise
+from solvers.structure import truncate_rank
 
 
 class Moments(NamedTuple):
@@ -38,23 +39,33 @@ def feature_moments(first: Float[Array, "r q"], moments: Moments) -> FeatureMome
     return FeatureMoments(inner, filtered, aim)
 
 
-def second_factor(found: FeatureMoments, used: Bool[Array, " r"], ridge: Float[Array, ""]) -> Float[Array, "n kr"]:
-    """argmin over s of E||T - phi s'||^2 + ridge ||s||^2; unused features are zero and get zero."""
+def second_factor(
+    found: FeatureMoments, used: Bool[Array, " r"], ridge: Float[Array, ""], rank: Int[Array, ""] | None = None
+) -> Float[Array, "n kr"]:
+    """argmin over s (of that rank) of E||T - phi s'||^2 + ridge ||s||^2; unused features are zero and get zero."""
     copies = found.inner.shape[0] // used.shape[0]
     inner = found.inner + jnp.diag(jnp.tile(jnp.where(used, ridge, jnp.ones_like(ridge)), copies))
-    return cho_solve((jnp.linalg.cholesky(inner), True), found.aim.T).T
+    chol = jnp.linalg.cholesky(inner)
+    if rank is None:
+        return cho_solve((chol, True), found.aim.T).T
+    kept = truncate_rank(solve_triangular(chol, found.aim.T, lower=True).T, rank)
+    return solve_triangular(chol, kept.T, lower=True, trans="T").T
 
 
 def eliminated_objective(
-    first: Float[Array, "r q"], moments: Moments, used: Bool[Array, " r"], ridge: Float[Array, ""]
+    first: Float[Array, "r q"],
+    moments: Moments,
+    used: Bool[Array, " r"],
+    ridge: Float[Array, ""],
+    rank: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "r q"]]:
-    """min over the second factor s of E||T - x (s T)'||^2 + ridge ||s||^2, less E||T||^2; and its gradient.
+    """min over the second factor s (of that rank) of E||T - x (s T)'||^2 + ridge ||s||^2, less E||T||^2; its gradient.
 
     By the envelope theorem the gradient is that with s held fixed: the sum over kernel rows i of -2 s_i' (C - M G)_i.
     """
     r, q = first.shape
     found = feature_moments(first, moments)
-    second = second_factor(found, used, ridge)
+    second = second_factor(found, used, ridge, rank)
     n, rows = second.shape[0], second.shape[1] // r
     residual = (moments.cross - second @ found.filtered).reshape(n, rows, q)
     gradient = -2 * jnp.einsum("nis,niq->sq", second.reshape(n, rows, r), residual)
@@ -70,18 +81,23 @@ def mean_block(gram: Float[Array, "p p"], q: int) -> Float[Array, "q q"]:
     return block + jnp.where(level > 0, ridge, jnp.ones_like(level)) * jnp.eye(q, dtype=gram.dtype)
 
 
+def kronecker(gram: Float[Array, "p p"], q: int) -> tuple[Float[Array, "rows rows"], Float[Array, "q q"]]:
+    """(h, l) with gram ~ h h' (x) l l', rows x one row: l l' is the mean block, h h' what that leaves; l is lower."""
+    rows = gram.shape[0] // q
+    chol = jnp.linalg.cholesky(mean_block(gram, q))
+    inverse = cho_solve((chol, True), jnp.eye(q, dtype=gram.dtype))
+    between = jnp.einsum("iajb,ab->ij", gram.reshape(rows, q, rows, q), inverse) / q
+    values, vectors = jnp.linalg.eigh(between)
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :], chol
+
+
 def weighted_svd(
     w: Float[Array, "n p"], gram: Float[Array, "p p"], q: int, max_rank: int
 ) -> Float[Array, "max_rank q"]:
     """Top right singular vectors of the (kh n, q) unfolding of w, weighted by gram ~ A (x) B (rows x one row)."""
     n, p = w.shape
-    rows = p // q
-    chol = jnp.linalg.cholesky(mean_block(gram, q))
-    inverse = cho_solve((chol, True), jnp.eye(q, dtype=w.dtype))
-    between = jnp.einsum("iajb,ab->ij", gram.reshape(rows, q, rows, q), inverse) / q
-    values, vectors = jnp.linalg.eigh(between)
-    half = vectors * jnp.sqrt(jnp.maximum(values, 0))[None, :]
-    unfolded = jnp.einsum("ij,niq->njq", half, w.reshape(n, rows, q)).reshape(n * rows, q) @ chol
+    half, chol = kronecker(gram, q)
+    unfolded = jnp.einsum("ij,niq->njq", half, w.reshape(n, p // q, q)).reshape(-1, q) @ chol
     right = jnp.linalg.eigh(unfolded.T @ unfolded)[1][:, ::-1][:, :max_rank]
     return solve_triangular(chol, right, lower=True, trans="T").T
 
@@ -104,8 +120,11 @@ def fit_first(
     max_steps: int,
     memory: int,
     rtol: float,
+    rank: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "r q"], Float[Array, ""]]:
     """argmin over b of the eliminated objective, and its value, from `first`, where its Hessian is nearly 2 I.
+
+    With a `rank` the second factor has at most that one.
 
     The unknown is R b L: L L' is the mean Gram block, and R'R = sum_i s_i' s_i makes the second factor orthonormal.
     In these coordinates 10-20 steps do what takes hundreds in the plain ones.
@@ -116,7 +135,7 @@ def fit_first(
     inverse = solve_triangular(chol, jnp.eye(block.shape[0], dtype=dtype), lower=True)
     first = orthonormal(first, first @ block @ first.T, used)
     ridge = jnp.asarray(10 * jnp.finfo(dtype).eps, dtype)  # relative: the features have unit energy
-    second = second_factor(feature_moments(first, moments), used, ridge).reshape(-1, r)
+    second = second_factor(feature_moments(first, moments), used, ridge, rank).reshape(-1, r)
     inner = second.T @ second
     energies = jnp.sum(jnp.diagonal(inner))
     floor = jnp.where(energies > 0, jnp.asarray(1e-6, dtype) * energies / r, jnp.ones_like(energies))
@@ -125,7 +144,7 @@ def fit_first(
     ridge = ridge * jnp.where(mean_energy > 0, mean_energy, jnp.ones_like(mean_energy))
 
     def evaluate(b: Float[Array, "r q"]) -> tuple[Float[Array, ""], Float[Array, "r q"]]:
-        value, gradient = eliminated_objective(b @ inverse, moments, used, ridge)
+        value, gradient = eliminated_objective(b @ inverse, moments, used, ridge, rank)
         return value, gradient @ inverse.T
 
     b, value = minimise(

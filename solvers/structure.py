@@ -35,7 +35,7 @@ class Structure:
         return Structure(whiten=self.whiten.astype(dtype), free=self.free, rank=self.rank)
 
 
-def _truncate_rank(tail: Float[Array, "n p"], rank: Int[Array, ""]) -> Float[Array, "n p"]:
+def truncate_rank(tail: Float[Array, "n p"], rank: Int[Array, ""]) -> Float[Array, "n p"]:
     """Best rank-`rank` approximation, through the eigenvectors of the smaller Gram matrix."""
     n, p = tail.shape
     small = tail @ tail.T if n <= p else tail.T @ tail
@@ -62,9 +62,7 @@ def fit(
     scale = jnp.where(scale > 0, scale, jnp.finfo(cross.dtype).tiny ** 0.5)
     z = cross @ structure.whiten.T
     tail = jnp.where(structure.free[None, :], jnp.zeros_like(z), z)
-    kept = jax.lax.cond(
-        structure.rank > 0, _truncate_rank, lambda v, r: jnp.zeros_like(v), tail * scale, structure.rank
-    )
+    kept = jax.lax.cond(structure.rank > 0, truncate_rank, lambda v, r: jnp.zeros_like(v), tail * scale, structure.rank)
     return (z - tail + kept / scale) @ structure.whiten
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from problems import near_low_rank
 
+from solvers.factor_sizes import cost
 from solvers.layer import FORM_NAMES, LayerOptions, dense, minimum_budget, solve
 from solvers.reconstruction import LayerProblem, relative_error
 from solvers.terms import LowRank, MatrixShape
@@ -127,6 +128,34 @@ def test_larger_penalties_keep_less(solved):
     assert fits[0].errors[1] < fits[1].errors[1]
 
 
+@pytest.mark.parametrize(
+    ("form", "ranks"), [("low_rank", (3,)), ("spatial", (4,)), ("tucker2", (5, 2)), ("cp3", (7,)), ("cp4", (6,))]
+)
+def test_ranks_in_place_of_a_budget(solved, form, ranks):
+    rows, held_out, _ = solved
+    options = LayerOptions(form=form, ranks=ranks, gauge=False, refine=None)
+    (term,) = solve(rows, held_out, SHAPE, options=options).terms
+    assert term.num_params == cost(form, SHAPE, ranks)
+    assert getattr(term, "rank") == ranks[0]  # noqa: B009
+
+
+def test_the_weights_alone(solved):
+    """Without data the fit is the decomposition of the original matrix; with data it is better on the response."""
+    rows, held_out, _ = solved
+    w = make(8)[1]
+    both = {}
+    for aware in (True, False):
+        options = LayerOptions(form="low_rank", ranks=(3,), gauge=False, data_aware=aware)
+        both[aware] = solve(rows, held_out, SHAPE, original=w, options=options)
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    np.testing.assert_allclose(both[False].matrix(SHAPE), (u[:, :3] * s[:3]) @ v[:3], atol=1e-5)
+    np.testing.assert_array_equal(both[False].bias, rows.bias)
+    assert both[False].forms["low_rank"].refined is None
+    assert both[True].errors[1] < both[False].errors[1]
+    with pytest.raises(ValueError, match="original: None"):
+        solve(rows, held_out, SHAPE, budget=BUDGET, options=LayerOptions(form="columns", data_aware=False))
+
+
 def test_output_weights_move_the_error_where_they_are_small():
     rows, held_out = make(4096)[0], make(1024, seed=1)[0]
     weights = jnp.where(jnp.arange(SHAPE.n) < 4, 25.0, 1.0)
@@ -184,6 +213,9 @@ def test_dense_is_the_layer_itself():
         ({"budget": 3.0}, f"below the smallest reachable, {minimum_budget(SHAPE):g}"),
         ({"penalties": (-0.1, 0.1)}, r"penalties: \(-0.1, 0.1\)"),
         ({"penalties": (0.1, float("nan"))}, "fractions of the maxima"),
+        ({"budget": BUDGET, "options": LayerOptions(form="cp3", ranks=(2,))}, "exactly one"),
+        ({"options": LayerOptions(form="cp3", ranks=(0,))}, "at least 1 and at most"),
+        ({"options": LayerOptions(form="tucker2", ranks=(2,))}, r"give \(outputs, inputs\)"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -208,6 +240,8 @@ def test_rows_of_another_layer():
         {"admm_fractions": ()},
         {"admm_fractions": (0.1, 0.2)},
         {"admm_fractions": (0.1, 0.0)},
+        {"ranks": (2,)},
+        {"ranks": (2,), "form": "columns"},
     ],
 )
 def test_bad_options(options):
