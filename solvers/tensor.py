@@ -116,6 +116,14 @@ class CpOptions:
 Factors = tuple[Float[Array, "size _"], ...]
 
 
+def products(factors: Factors) -> Float[Array, "size p"]:
+    """Outer products row by row, flattened, the last factor fastest: the features of CP."""
+    out = factors[0]
+    for factor in factors[1:]:
+        out = (out[:, :, None] * factor[:, None, :]).reshape(out.shape[0], -1)
+    return out
+
+
 def _contract(tensor: Array, factors: Factors, mode: int) -> Array:
     """(r, m) sums over all modes but one of the tensor times the other factors, row by row."""
     modes = _LETTERS[: tensor.ndim]

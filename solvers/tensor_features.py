@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from solvers.gram import GramStatistics
 from solvers.lbfgs import minimise
 from solvers.spatial_factor import Moments, fit_first, kronecker
-from solvers.tensor import QUICK, CpOptions, balanced, cp, tucker2
+from solvers.tensor import QUICK, CpOptions, balanced, cp, products, tucker2
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,6 @@ def _unwhitened(stacked: Float[Array, "r m"], whiteners: Whiteners) -> tuple[Flo
         ends.append(ends[-1] + len(t))
     parts = [stacked[:, a:b] for a, b in zip(ends, ends[1:], strict=False)]
     return tuple(solve_triangular(t, f.T, lower=True, trans="T").T for t, f in zip(whiteners, parts, strict=True))
-
-
-def products(factors: tuple[Float[Array, "r _"], ...]) -> Float[Array, "r p"]:
-    """Outer products row by row, flattened, the last factor fastest: the features of CP."""
-    out = factors[0]
-    for factor in factors[1:]:
-        out = (out[:, :, None] * factor[:, None, :]).reshape(out.shape[0], -1)
-    return out
 
 
 def last_factor(

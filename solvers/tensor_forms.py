@@ -14,9 +14,9 @@ from solvers.candidates import Candidate, Context
 from solvers.factor_sizes import Ranks, check_ranks, full_ranks, largest_ranks, mode_tails, refusal
 from solvers.spatial_factor import kronecker
 from solvers.structure import Structure, feature_structure
-from solvers.tensor import QUICK, padded
+from solvers.tensor import QUICK, padded, products
 from solvers.tensor_extract import extract_cp, extract_tucker2
-from solvers.tensor_features import FeatureOptions, cp_features, products, tucker2_inputs
+from solvers.tensor_features import FeatureOptions, cp_features, tucker2_inputs
 
 
 @partial(jax.jit, static_argnames="places", compiler_options=QUICK)

@@ -15,12 +15,14 @@ from solvers.compressions.quantization import (
     fixed_point,
     powers_of_two,
 )
+from solvers.compressions.tensor import Cp, Tucker2
 
 __all__ = [
     "AdaptiveCodebook",
     "Additive",
     "Codebook",
     "Compression",
+    "Cp",
     "Factors",
     "FixedCodebook",
     "LowRank",
@@ -35,6 +37,7 @@ __all__ = [
     "Reshaping",
     "ScaledBinary",
     "ScaledTernary",
+    "Tucker2",
     "binary",
     "fixed_point",
     "powers_of_two",

@@ -9,9 +9,9 @@ from scipy.optimize import minimize
 from solvers import tensor as decompositions
 from solvers.gram import GramStatistics, least_squares, weight_statistics
 from solvers.spatial_factor import Moments
-from solvers.tensor import QUICK, CpOptions, padded
+from solvers.tensor import QUICK, CpOptions, padded, products
 from solvers.tensor_extract import extract_cp, extract_tucker2
-from solvers.tensor_features import FeatureOptions, cp_features, last_factor, products, tucker2_inputs
+from solvers.tensor_features import FeatureOptions, cp_features, last_factor, tucker2_inputs
 from solvers.terms import MatrixShape
 
 SHAPE = MatrixShape((3, 3), 5, 8)
