@@ -19,6 +19,8 @@ class Rule:
         lambda_sparse: in place of the run's penalty weight, a fraction of its maximum.
         lambda_rank: in place of the run's penalty weight, a fraction of its maximum.
         form: in place of the run's form, for example "two_level".
+        ranks: of that form, one of `solvers.factor_sizes.FACTORED`, in place of a budget: (r,), for "tucker2" (outputs,
+            inputs).
         group: "column" or "channel", in place of the run's.
     """
 
@@ -29,8 +31,14 @@ class Rule:
     lambda_rank: float | None = None
     form: str | None = None
     group: str | None = None
+    ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.ranks is not None and (self.form is None or self.budget is not None or self.keep):
+            raise ValueError(
+                f"rules: {self.path!r} has ranks; name their form, as in Rule(path={self.path!r}, form='tucker2', "
+                "ranks=(16, 16)), and give no budget and no keep=True"
+            )
         if self.budget is not None and list(self.budget.given()) != ["params"]:
             raise ValueError(
                 f"rules: the budget of {self.path!r} is {self.budget.describe()}; a rule's budget is a fraction of "

@@ -217,7 +217,7 @@ class Run:
         if budget is None and all(s.fraction is None for s in settings.values()):
             return None
         kept = all(
-            row.params + row.index_bits / 32 <= fraction * row.original_params
+            row.params + row.index_bits / 32 <= fraction * row.original_params * (1 + 1e-9)
             for row in layers
             if (fraction := settings[row.name].fraction) is not None
         )
@@ -317,7 +317,7 @@ class Run:
                 problem,
                 held_out,
                 shape,
-                budget=settings.values(site),
+                budget=None if settings.options.ranks else settings.values(site),
                 penalties=settings.penalties,
                 original=self.original(site),
                 start=None if start is None else jnp.asarray(start),

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from solvers.factor_sizes import check_ranks, cost
 from solvers.layer import LayerOptions, minimum_budget
 from solvers.sharding import Devices, row_mesh
 from unified_approx.budget import Budget
@@ -18,6 +19,7 @@ MEASURED = ("kl", "fisher")  # ways to measure what the network's output feels
 ALLOCATIONS = (*MEASURED, "uniform")
 SIZED = ("columns", "low_rank")  # forms whose size alone tells what they cost and how long they take
 BY_RULE = "by rule"
+_BEFORE_THE_STRIDE = ("spatial", "tucker2", "cp3", "cp4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Settings:
     """What one layer is asked for: a fraction of its stored values, or penalties, or, until allocated, neither.
 
     Attributes:
-        fraction: of its stored values.
+        fraction: of its stored values; where ranks are given, what these come to.
         penalties: (lambda_sparse, lambda_rank) as fractions of their maxima.
         options: of the layer solver.
         dense: why the layer stays as it is; empty if it does not.
@@ -101,7 +103,8 @@ class Arguments:
     def settings(self, rule: Rule | None, site: LayerSite) -> Settings:
         """What the run and a rule together ask of a layer."""
         rule = rule or Rule(path="")
-        changes: dict[str, Any] = {k: v for k, v in (("form", rule.form), ("group", rule.group)) if v is not None}
+        asked = {"form": rule.form, "group": rule.group, "ranks": rule.ranks}
+        changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if np.any(site.outer_scale != 1):  # rows are rescaled after the solve, and identity rows would not survive that
             changes["gauge"] = False
         options = LayerOptions(**{**vars(self.options), **changes})
@@ -111,6 +114,8 @@ class Arguments:
             options = _counted_in_seconds(options, site)
         if rule.keep:
             return Settings(options=options, dense=BY_RULE)
+        if options.ranks is not None:
+            return _with_ranks(options, site)
         if rule.budget is not None:
             return Settings(options=options, fraction=rule.budget.params)
         own = (rule.lambda_sparse, rule.lambda_rank) != (None, None)
@@ -136,14 +141,27 @@ class Arguments:
         return f"lambda_sparse={self.lambda_sparse:g}, lambda_rank={self.lambda_rank:g}"
 
 
+def _with_ranks(options: LayerOptions, site: LayerSite) -> Settings:
+    """Settings of a layer whose form and ranks are given."""
+    shape = site.geometry.matrix_shape
+    assert isinstance(options.form, str)
+    assert options.ranks is not None
+    try:
+        check_ranks(options.form, shape, options.ranks)
+    except ValueError as error:
+        raise ValueError(f"rules: layer {site.name!r}: {error}") from error
+    return Settings(options=options, fraction=cost(options.form, shape, options.ranks) / (shape.n * shape.p))
+
+
 def _counted_in_macs(options: LayerOptions, site: LayerSite) -> LayerOptions:
     """Options under which a form's stored values are its multiply-adds per position.
 
-    Identity blocks save storage but are multiplied by; the first half of a spatial pair runs before the stride.
+    Identity blocks save storage but are multiplied by; the first factor of a spatial or tensor form runs before the
+    stride.
     """
     forms = options.wanted()
     if any(stride != 1 for stride in site.geometry.strides):
-        forms = tuple(form for form in forms if form != "spatial") or forms
+        forms = tuple(form for form in forms if form not in _BEFORE_THE_STRIDE) or forms
     return replace(options, gauge=False, form=forms)
 
 
@@ -166,7 +184,8 @@ _REMEDY = "give budget=Budget(params=0.5), or both lambda_sparse and lambda_rank
 
 
 def _check_target(budget: Budget | None, sparse: float | None, rank: float | None, rules: tuple[Rule, ...]) -> None:
-    if budget is None and (sparse, rank) == (None, None) and any(rule.budget is not None for rule in rules):
+    sized = any(rule.budget is not None or rule.ranks is not None for rule in rules)
+    if budget is None and (sparse, rank) == (None, None) and sized:
         return
     if budget is None:
         _check_penalties(sparse, rank)
@@ -199,7 +218,7 @@ def check_reachable(site: LayerSite, settings: Settings) -> None:
     """Raise a ValueError if the layer's fraction is below the smallest it can reach, naming that."""
     shape = site.geometry.matrix_shape
     least = minimum_budget(shape) / (shape.n * shape.p)
-    if settings.fraction is not None and settings.fraction < least:
+    if settings.options.ranks is None and settings.fraction is not None and settings.fraction < least:
         raise ValueError(
             f"budget: params={settings.fraction:g} is below what layer {site.name!r} can reach; its minimum is "
             f"params={least:.4f}: raise the budget, or keep the layer with Rule(path={site.name!r}, keep=True)"

@@ -129,6 +129,36 @@ CALIBRATION = {
 }
 
 
+def test_ranks_by_rules(digits, tmp_path):
+    """Manual ranks; data-free too; saved and loaded. musco-pytorch gives unlisted layers rank 0."""
+    model, images, test, _ = digits
+    rules = (
+        ua.Rule(path="conv2", form="tucker2", ranks=(12, 9)),
+        ua.Rule(path="conv3", form="cp3", ranks=(20,)),
+        ua.Rule(path=".*", keep=True),
+    )
+    results = {}
+    for aware in (True, False):
+        options = layer.LayerOptions(data_aware=aware)
+        results[aware] = ua.compress(model, images, rules=rules, options=options, progress=lambda e: None, **SMALL)
+    rows = {row.name: row for row in results[True].report.layers}
+    assert [rows[name].status for name in ("conv1", "conv2", "conv3", "fc")] == [
+        "kept",
+        "compressed",
+        "compressed",
+        "kept",
+    ]
+    n, c_in = rows["conv2"].shape[0], rows["conv2"].shape[1] // 9
+    assert (rows["conv2"].form, rows["conv2"].rank) == ("tucker2", 12)
+    assert rows["conv2"].params == 9 * c_in + 12 * 9 * 9 + 12 * n
+    assert results[True].budget_met
+    plain = {row.name: row for row in results[False].report.layers}
+    assert all(rows[name].error_after_held_out < plain[name].error_after_held_out for name in ("conv2", "conv3"))
+    results[True].save(tmp_path / "n.safetensors")
+    loaded = ua.load(tmp_path / "n.safetensors")
+    np.testing.assert_array_equal(evaluate.predict(loaded, test), evaluate.predict(results[True].model, test))
+
+
 @pytest.mark.parametrize("form", CALIBRATION)
 def test_calibration_in_every_form(digits, form):
     model, images, _, _ = digits
@@ -170,6 +200,7 @@ BAD = [
     ({"rules": [ua.Rule(path="(", keep=True)]}, "not a regular expression"),
     ({"rules": [ua.Rule(path=".*", keep=True)]}, "no layer to compress"),
     ({"form": "magic"}, "form: 'magic'"),
+    ({"budget": None, "rules": [ua.Rule(path=".*", form="low_rank", ranks=(99,))]}, "layer 'conv1': ranks: (99,)"),
     ({"group": "row"}, "group: 'row'"),
     ({"held_out": 1.5}, "held_out: 1.5"),
     ({"rows": 0}, "rows: 0"),
