@@ -98,6 +98,7 @@ def admm_candidate(
     """Support and rank of the paper's penalised problem for a budget; None if not one column fits."""
     grouping = _grouping(context)
     members = context.shape.p // grouping.count((context.shape.n, context.shape.p))
+    assert context.problem is not None
     problem = _fewer_rows(_solvable(context.problem, options), rows_per_feature)
     values = jnp.asarray(fractions, problem.x.dtype)
     over_budget = Partial(_over_budget, *_budget_terms(context, members))
@@ -123,6 +124,7 @@ def penalized_candidate(
 ) -> Candidate:
     """Support and rank of the paper's problem for given penalties, as fractions of their maxima, from a start."""
     grouping = _grouping(context)
+    assert context.problem is not None
     problem = _solvable(context.problem, options)
     solution = solve(problem, _penalties(problem, *fractions, grouping), options=options, start=start)
     order = np.argsort(-_norms(solution, grouping), kind="stable")

@@ -22,8 +22,8 @@ class Context:
     Attributes:
         stats: statistics of the calibration rows with ridge, outputs scaled by sqrt(weights).
         w: least-squares matrix for these statistics, (n, p).
-        problem: the rows.
         shape: the layer as a matrix.
+        problem: the rows, which only the ADMM looks at.
         budget: what may be stored, in values; an index counts its bits / 32.
         group: "column" or "channel".
         gauge: store factors with an identity block (fewer values for the same matrix).
@@ -33,9 +33,9 @@ class Context:
 
     stats: GramStatistics
     w: Float[Array, "n p"]
-    problem: LayerProblem
     shape: MatrixShape
-    budget: float
+    problem: LayerProblem | None = None
+    budget: float = 0.0
     group: str = "column"
     gauge: bool = True
     round_to: int = 1

@@ -162,7 +162,7 @@ def minimum_budget(shape: MatrixShape) -> float:
 
 
 @jax.jit
-def _refit(structure: Structure, stats: GramStatistics, weights: Array | None) -> tuple[Array, Array]:
+def refit(structure: Structure, stats: GramStatistics, weights: Array | None = None) -> tuple[Array, Array]:
     """Matrix and bias of least squared error, in float32; outputs of `stats` are scaled by sqrt(weights)."""
     m = fit(structure, stats.cross)
     bias = best_bias(stats, m)
@@ -243,7 +243,7 @@ class _Solver:
     def trial(self, candidate: Candidate) -> _Trial:
         """Fit a candidate in closed form and measure it on held-out rows."""
         with jax.enable_x64(self.wide):
-            matrix, bias = _refit(candidate.structure, self.stats, self.problem.weights)
+            matrix, bias = refit(candidate.structure, self.stats, self.problem.weights)
         linear, error = _measure_rows(self.held_out, self.held_stats, matrix, bias)
         return _Trial(candidate, matrix, bias, float(linear), float(error))
 

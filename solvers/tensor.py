@@ -38,8 +38,8 @@ class Bases(NamedTuple):
 
 
 def padded(rank: int, most: int) -> int:
-    """A static size for a rank: at least it, at most `most`, one of about eight, so that few sizes are compiled."""
-    step = max(1, -(-most // 8))
+    """A static size for a rank: at least it, at most `most`, one of about four, so that few sizes are compiled."""
+    step = max(1, -(-most // 4))
     return min(-(-rank // step) * step, most)
 
 

@@ -49,6 +49,12 @@ class FeatureOptions:
         return cls() if p <= 1500 else cls(sweeps=4, cp=CpOptions(sweeps=40, restarts=1), steps=10, rtol=1e-3)
 
 
+def whitened_tensor(gram: Float[Array, "p p"], w: Float[Array, "n p"], q: int) -> Float[Array, "n rows q"]:
+    """W as a tensor whose squared norm is about the energy of its response: gram ~ (rows x rows) (x) (q x q)."""
+    half, chol = kronecker(gram, q)
+    return jnp.einsum("oic,ij,cd->ojd", w.reshape(w.shape[0], -1, q), half, chol, optimize="greedy")
+
+
 @partial(jax.jit, static_argnames=("places", "size", "options"), compiler_options=QUICK)
 def tucker2_inputs(
     stats: GramStatistics,
@@ -69,11 +75,11 @@ def tucker2_inputs(
         size: static; rows beyond ranks[1] are zero.
         options: static.
     """
-    n, p = w.shape
+    p = w.shape[1]
     ranks = ranks.astype(jnp.int32)
-    half, chol = kronecker(stats.gram, p // places)
-    white = jnp.einsum("oic,ij,cd->ojd", w.reshape(n, places, -1), half, chol, optimize="greedy")
+    white = whitened_tensor(stats.gram, w, p // places)
     inner = tucker2(white, ranks, size=size, sweeps=options.sweeps).inner
+    chol = kronecker(stats.gram, p // places)[1]
     first = solve_triangular(chol, inner, lower=True, trans="T").T
     used = jnp.arange(size[1], dtype=jnp.int32) < ranks[1]
     limits = {"max_steps": options.steps, "memory": options.memory, "rtol": options.rtol}

@@ -12,11 +12,10 @@ from jaxtyping import Array
 
 from solvers.candidates import Candidate, Context
 from solvers.factor_sizes import Ranks, check_ranks, full_ranks, largest_ranks, mode_tails, refusal
-from solvers.spatial_factor import kronecker
 from solvers.structure import Structure, feature_structure
 from solvers.tensor import QUICK, padded, products
 from solvers.tensor_extract import extract_cp, extract_tucker2
-from solvers.tensor_features import FeatureOptions, cp_features, tucker2_inputs
+from solvers.tensor_features import FeatureOptions, cp_features, tucker2_inputs, whitened_tensor
 
 
 @partial(jax.jit, static_argnames="places", compiler_options=QUICK)
@@ -33,10 +32,7 @@ def _cp_structure(gram: Array, factors: tuple[Array, ...], rank: Array) -> Struc
     return feature_structure(gram, products(factors), used)
 
 
-@partial(jax.jit, static_argnames="q", compiler_options=QUICK)
-def _whitened(gram: Array, w: Array, q: int) -> Array:
-    half, chol = kronecker(gram, q)
-    return jnp.einsum("oic,ij,cd->ojd", w.reshape(w.shape[0], -1, q), half, chol, optimize="greedy")
+whitened = jax.jit(whitened_tensor, static_argnums=2, compiler_options=QUICK)
 
 
 def wanted_ranks(context: Context, form: str) -> Ranks | None:
@@ -49,7 +45,7 @@ def wanted_ranks(context: Context, form: str) -> Ranks | None:
         return None
     tails: Any = (np.zeros(0), np.zeros(0))
     if form == "tucker2":
-        tails = mode_tails(np.asarray(_whitened(context.stats.gram, context.w, shape.c_in)))
+        tails = mode_tails(np.asarray(whitened(context.stats.gram, context.w, shape.c_in)))
     found = largest_ranks(form, shape, context.budget, tails)
     most = full_ranks(form, shape)
     return found and tuple(context.rounded(r, m) for r, m in zip(found, most, strict=True))

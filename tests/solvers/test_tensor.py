@@ -137,7 +137,7 @@ def test_other_ranks_compile_nothing():
     for rank in (1, 3, 4):
         cp(tensor, rank, size=4)
     assert cp._cache_size() == count  # pyright: ignore[reportFunctionMemberAccess]
-    assert [padded(r, 64) for r in (1, 8, 9, 64)] == [8, 8, 16, 64]
+    assert [padded(r, 64) for r in (1, 16, 17, 64)] == [16, 16, 32, 64]
     assert all(r <= padded(r, m) <= m for m in (1, 3, 17, 100) for r in range(1, m + 1))
 
 
