@@ -33,14 +33,12 @@ class MaxDrop:
 
     def choose(self, problem: RankProblem) -> RankChoice:
         """The smallest ranks along `family` (by trial), or within the error that is allowed."""
-        trial = problem.trial
-        assert trial is not None
         if self.by == "trial":
-            return bisected(problem, lambda ranks: trial(ranks) <= self.points)
+            return bisected(problem, lambda ranks: problem.drop(ranks) <= self.points)
         tolerance, ranks = 0.05, problem.largest
         for _ in range(3):  # until the loss can be told from nothing
             ranks = smallest_ranks(problem, tolerance).ranks or ranks
-            error, drop = problem.error(ranks), trial(ranks)
+            error, drop = problem.error(ranks), problem.drop(ranks)
             if drop > max(self.points, 0.2):
                 break
             tolerance *= 4

@@ -7,7 +7,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Array, Float, Float64
 
 from solvers.candidates import Context
 from solvers.factor_sizes import Ranks, cost, full_ranks, mode_tails, tail
@@ -17,7 +17,7 @@ from solvers.layer import refit
 from solvers.tensor_forms import whitened
 from solvers.terms import MatrixShape
 
-Trial = Callable[[Ranks], float]
+Trial = Callable[[Array, Array], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class RankProblem:
         positions: of each factor's output, in the order in which they run: multiply-adds per stored value.
         previous: the ranks it has now in that form, None if it is dense.
         statistics: of its rows and of the response it should keep, with a ridge; None: the weights alone.
-        trial: ranks -> points of accuracy that the network loses with this layer at these ranks and no training.
+        trial: (matrix, bias) -> points of accuracy that the network loses with these in place, and no training.
     """
 
     form: str
@@ -109,27 +109,44 @@ class RankProblem:
             return np.asarray(whitened(gram, w, q), np.float64)
 
     @cached_property
-    def _least_squares(self) -> jax.Array:
-        assert self.statistics is not None
-        with jax.enable_x64(self.statistics.gram.dtype == np.float64):
-            return least_squares(self.statistics)
+    def _least_squares(self) -> Array:
+        stats = self._needed_statistics()
+        with jax.enable_x64(stats.gram.dtype == np.float64):
+            return least_squares(stats)
 
-    def error(self, ranks: Ranks) -> float:
-        """Relative squared error of the layer's linear response once it is fitted at these ranks.
+    def fit(self, ranks: Ranks) -> tuple[Float[Array, "n p"], Float[Array, " n"]]:
+        """Matrix and bias of least squared error of the linear response at these ranks, in float32.
 
         Raises:
             ValueError: there are no statistics.
         """
-        if self.statistics is None:
-            raise ValueError("statistics: None; the error of the response needs the layer's rows")
-        with jax.enable_x64(self.statistics.gram.dtype == np.float64):
-            context = Context(
-                stats=self.statistics, w=self._least_squares, shape=self.shape, gauge=False, ranks=tuple(ranks)
-            )
+        stats = self._needed_statistics()
+        with jax.enable_x64(stats.gram.dtype == np.float64):
+            context = Context(stats=stats, w=self._least_squares, shape=self.shape, gauge=False, ranks=ranks)
             candidate = FORMS[self.form](context)
             assert candidate is not None
-            matrix, _ = refit(candidate.structure, self.statistics)
-            return float(linear_error(self.statistics, jnp.asarray(matrix, self.statistics.gram.dtype)))
+            return refit(candidate.structure, stats)
+
+    def error(self, ranks: Ranks) -> float:
+        """Relative squared error of the linear response at these ranks."""
+        stats, (matrix, _) = self._needed_statistics(), self.fit(ranks)
+        with jax.enable_x64(stats.gram.dtype == np.float64):
+            return float(linear_error(stats, jnp.asarray(matrix, stats.gram.dtype)))
+
+    def drop(self, ranks: Ranks) -> float:
+        """Points of accuracy that the network loses with this layer alone at these ranks, untrained.
+
+        Raises:
+            ValueError: there is no network to try.
+        """
+        if self.trial is None:
+            raise ValueError("trial: None; the loss of accuracy needs the network and labels")
+        return self.trial(*self.fit(ranks))
+
+    def _needed_statistics(self) -> GramStatistics:
+        if self.statistics is None:
+            raise ValueError("statistics: None; the error of the response needs the layer's rows")
+        return self.statistics
 
 
 def _unfoldings(
