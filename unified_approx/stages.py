@@ -63,7 +63,7 @@ def compress_in_stages(
         folder = None if work_dir is None else Path(work_dir) / f"stage-{stage}"
         result = compress(dense, data, budget=left, work_dir=folder, **arguments)
         first = first or result.report
-        result = replace(result, model=_with_history(result.model, before))
+        result = replace(result, model=with_history(result.model, before))
         current = train(result, stage)
         result = replace(result, model=current, report=_against(original, first, result.report, budget))
     assert result is not None
@@ -89,8 +89,11 @@ def _of_what_is_left(budget: Budget, original: NetworkCost, left: NetworkCost) -
     return Budget(**limits)
 
 
-def _with_history(model: nnx.Module, before: dict[tuple[str | int, ...], Factored]) -> nnx.Module:
-    """The network whose layers know all channels that were ever removed, so that it can be saved and loaded."""
+def with_history(model: nnx.Module, before: dict[tuple[str | int, ...], Factored]) -> nnx.Module:
+    """The network with the factored layers of before where this stage left them dense.
+
+    All layers know the channels that were ever removed, so that the network can be saved and loaded.
+    """
     for path, old in before.items():
         new = get(model, path)
         if isinstance(new, Factored):

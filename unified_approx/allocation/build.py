@@ -49,7 +49,7 @@ def measure_sensitivity(run: "Run", method: str, step: Step, *, images: int = _I
     """
     start, timer = time.perf_counter(), run.timer
     capture, sites = run.capture.again(), [site for site in run.capture.sites if run.settings[site.path].open]
-    dense = {s.path: _dense(run, s, run.original(s), s.shift) for s in sites}
+    dense = {s.path: dense_module(run, s, run.original(s), s.shift) for s in sites}
     whole = assemble(run.model, dense, run.capture.sites)
     whole.eval()
     used = max(1, min(images, run.num_images) // len(jax.tree.leaves(capture.example)[0]))
@@ -101,11 +101,11 @@ def _layer(
         with jax.enable_x64(found.wide):
             m = matrix_of(item, curves, found.stats)
             bias = np.asarray(best_bias(found.stats, m), np.float32)
-        points.append(Measured(error=item.error, loss=ask(site.path, _dense(run, site, m, bias))))
+        points.append(Measured(error=item.error, loss=ask(site.path, dense_module(run, site, m, bias))))
     return with_losses(items, points), points
 
 
-def _dense(run: "Run", site: LayerSite, matrix: Float[Any, "n p"], bias: Float[Any, " n"]) -> nnx.Module:
-    """The layer with another matrix."""
+def dense_module(run: "Run", site: LayerSite, matrix: Float[Any, "n p"], bias: Float[Any, " n"]) -> nnx.Module:
+    """The layer with another matrix, as a `Factored` of one dense term."""
     terms = (Dense(np.asarray(matrix, np.float32)),)
     return run.module(site, terms, np.asarray(bias, np.float32)).with_execution(MERGED)
