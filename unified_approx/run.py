@@ -272,7 +272,7 @@ class Run:
         self, index: int, site: LayerSite, work: WorkDir | None, start: np.ndarray | None
     ) -> tuple[nnx.Module | None, LayerRow]:
         settings = self.settings[site.path]
-        row = _row(site, self.spatial[site.path])
+        row = self.dense_row(site)
         if settings.dense:
             self.capture.keep(site)
             return None, replace(row, status="kept", reason=settings.dense)
@@ -324,6 +324,10 @@ class Run:
                 options=settings.options,
             )
         return fit.terms, fit.bias, self._filled(row, site, spatial, fit, problem.x.shape[0])
+
+    def dense_row(self, site: LayerSite) -> LayerRow:
+        """The report's row of a layer that is left as it is."""
+        return _row(site, self.spatial[site.path])
 
     def original(self, site: LayerSite) -> Array:
         """The layer's matrix, with what follows it folded in."""

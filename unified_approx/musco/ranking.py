@@ -1,6 +1,6 @@
 """The layers of a network as rank problems: what a rule may look at, gathered as far as the rule asks for it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -42,26 +42,28 @@ class Ranking:
     The inputs of all of them are those of this network; the layers of a step do not see each other's errors here.
     """
 
-    def __init__(self, run: Run, rule: RankRule, labelled: Labelled | None, data_aware: bool):
+    def __init__(self, run: Run, rule: RankRule | None, labelled: Labelled | None, data_aware: bool):
         """See `Ranking.problems`.
 
         Args:
             run: of the network with dense layers, on the calibration data.
-            rule: decides what is gathered.
+            rule: decides what is gathered; None: nothing.
             labelled: examples and labels, for rules that need accuracy.
             data_aware: errors are of the response, otherwise of the weights.
         """
-        self._run, self._rule, self._labelled, self._data_aware = run, rule, labelled, data_aware
+        self._run, self._labelled, self._data_aware = run, labelled, data_aware
+        self._needs = "nothing" if rule is None else rule.needs
         self._whole: nnx.Module | None = None
 
     def problems(
-        self, chosen: Mapping[str, str], previous: Mapping[str, Ranks | None]
+        self, chosen: Mapping[str, str], previous: Mapping[str, Ranks | None], without: Collection[str] = ()
     ) -> Iterator[tuple[LayerSite, RankProblem]]:
         """The layers by name in network order, each with its problem.
 
         Args:
             chosen: the form that each of the layers is to take.
             previous: the ranks that it has in that form.
+            without: layers for which the rule is not asked: nothing is gathered.
         """
         run = self._run
         for site in run.capture.sites:
@@ -71,6 +73,7 @@ class Ranking:
             spatial = run.capture.input_shape(site)[1:-1]
             positions = tuple(site.num_calls * p for p in factor_positions(form, geometry, spatial))
             kernel = get(run.model, site.path).kernel[...]
+            needs = "nothing" if site.name in without else self._needs
             yield (
                 site,
                 RankProblem(
@@ -79,8 +82,8 @@ class Ranking:
                     weights=np.asarray(kernel_to_matrix(kernel), np.float32),
                     positions=positions,
                     previous=previous[site.name],
-                    statistics=None if self._rule.needs == "nothing" else self._statistics(site),
-                    trial=self._trial(site) if self._rule.needs == "accuracy" else None,
+                    statistics=None if needs == "nothing" else self._statistics(site),
+                    trial=self._trial(site) if needs == "accuracy" else None,
                 ),
             )
 
