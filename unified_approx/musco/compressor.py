@@ -1,9 +1,8 @@
-"""Multi-stage compression, step by step: some layers are factored, the network is trained, and so on, and around again."""
+"""Multi-stage compression, step by step: some layers are factored, the network is trained, and around again."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -11,19 +10,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from solvers.factor_sizes import FACTORED, Ranks, check_ranks, refusal
+from solvers.factor_sizes import Ranks, check_ranks, refusal
 from solvers.layer import LayerOptions
-from solvers.rank_rules import RankChoice, RankRule, settle
+from solvers.rank_rules import RankChoice, settle
 from unified_approx import calibration as examples
 from unified_approx.allocation.assign import total_cost
 from unified_approx.assemble import get
 from unified_approx.budget import Budget
 from unified_approx.calling import Call, forward
 from unified_approx.cost import network_cost
-from unified_approx.files import claim, replacing
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
+from unified_approx.musco.options import MuscoOptions, Step
 from unified_approx.musco.ranking import Ranking
+from unified_approx.musco.store import State, Store
 from unified_approx.narrow import as_dense
 from unified_approx.pipeline import Calibration, Result, compress
 from unified_approx.report import LayerRow, ProgressCallback, Report
@@ -32,77 +32,7 @@ from unified_approx.run import Run
 from unified_approx.settings import make_arguments
 from unified_approx.sites import LayerSite
 from unified_approx.stages import with_history
-from unified_approx.storage import load, save
 from unified_approx.work_dir import fingerprint
-
-_STATE = "state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the history.
-
-    Attributes:
-        number: from 1.
-        stage: the pass over the layers that it belongs to, from 1.
-        ranks: of the layers of this step that were factored, by name.
-        notes: why the others were not, and what else the rule said, by name.
-        params: stored values of the network after it.
-        macs: multiply-adds per example after it.
-    """
-
-    number: int
-    stage: int
-    ranks: dict[str, Ranks]
-    notes: dict[str, str]
-    params: int
-    macs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class MuscoOptions:
-    """What decides the ranks and their order.
-
-    Attributes:
-        rank_rule: of `solvers.rank_rules`; None: only the layers in `ranks` are compressed.
-        decomposition: of convolutions with a window: one of `solvers.factor_sizes.FACTORED`. 1x1 convolutions and
-            dense layers become two low-rank factors.
-        layers_per_step: how many layers between two trainings; None: all.
-        stages: passes over the layers, at most.
-        ranks: by layer name, in place of the rule's: (r,), for "tucker2" (outputs, inputs); None leaves a layer alone.
-        keep: regular expressions for whole names of further layers to leave alone.
-        target: stop once the whole network is within it: `Budget(params=..., macs=..., bytes=...)`.
-        data_aware: fit each layer's response on the calibration data; otherwise its weights alone.
-        round_to: ranks are rounded down to multiples of it.
-    """
-
-    rank_rule: RankRule | None
-    decomposition: str = "tucker2"
-    layers_per_step: int | None = None
-    stages: int = 1
-    ranks: Mapping[str, Ranks | None] | None = None
-    keep: Sequence[str] = ()
-    target: Budget | None = None
-    data_aware: bool = True
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if self.decomposition not in FACTORED:
-            known = ", ".join(FACTORED)
-            raise ValueError(f"decomposition: {self.decomposition!r} is unknown; choose one of {known}")
-        for name in ("layers_per_step", "stages", "round_to"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}; give at least 1")
-        if self.rank_rule is None and not any(self.ranks or {}):
-            raise ValueError("rank_rule: None; give a rule, for example Evbmf(), or ranks of some layers")
-        if self.target is not None and (self.target.max_drop is not None or self.target.latency is not None):
-            raise ValueError(f"target: {self.target.describe()}; it takes params, macs and bytes")
-
-    def describe(self) -> str:
-        """As reports write it."""
-        rule = "given ranks" if self.rank_rule is None else repr(self.rank_rule)
-        return f"musco {self.decomposition}, {rule}, {self.stages} stages"
 
 
 class Musco:
@@ -137,17 +67,16 @@ class Musco:
         self._arguments = {"call": self._call, **arguments}
         self._labels = labels
         self._original, self._model = model, model
-        first = self._run(model)
+        self._first = first = self._run(model)
         self._example, self._sites, self._skipped = first.example, first.capture.sites, first.capture.skipped
-        self._before, self._rows = first.cost, self._dense_rows(first)
+        self._before, self._rows = first.cost, {site.name: first.dense_row(site) for site in first.capture.sites}
         self.names = self._selected()
         self._check_labels()
         self._trained = 0
-        self._folder = None
-        if work_dir is not None:
-            identity = {"weights, data or settings": self._identity()}
-            self._folder = claim(work_dir, "work_dir", identity)
-            self._resume()
+        self._store = None if work_dir is None else Store(work_dir, self._identity())
+        if self._store is not None and (found := self._store.load(model)) is not None:
+            self.history, self._trained, self._rows = list(found.history), found.trained, dict(found.rows)
+            self._model = found.model
 
     def __repr__(self) -> str:
         cost = network_cost(self._model, self._example, call=self._call)
@@ -185,7 +114,7 @@ class Musco:
     def model(self, trained: nnx.Module) -> None:
         self._check_structure(trained)
         self._model, self._trained = trained, self.num_steps
-        self._store()
+        self._save()
 
     @property
     def ranks(self) -> dict[str, Ranks | None]:
@@ -225,7 +154,7 @@ class Musco:
             macs=cost.macs,
         )
         self.history.append(step)
-        self._store()
+        self._save()
         return step
 
     def result(self) -> Result:
@@ -261,9 +190,6 @@ class Musco:
     def _layer_options(self) -> LayerOptions:
         return LayerOptions(gauge=False, data_aware=self.options.data_aware)
 
-    def _dense_rows(self, run: Run) -> dict[str, LayerRow]:
-        return {site.name: run.dense_row(site) for site in run.capture.sites}
-
     def _site(self, name: str) -> LayerSite:
         return next(site for site in self._sites if site.name == name)
 
@@ -277,19 +203,19 @@ class Musco:
     def _selected(self) -> list[str]:
         """Names of the layers that take part."""
         given, known = dict(self.options.ranks or {}), [site.name for site in self._sites]
-        for name, ranks in given.items():
-            if name not in known:
-                raise ValueError(
-                    f"ranks: there is no layer {name!r} that can be compressed; layers are: {', '.join(known)}"
-                )
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"ranks: no layer {unknown[0]!r} can be compressed; layers are: {', '.join(known)}")
+        for site in self._sites:
+            ranks = given.get(site.name)
             if ranks is not None:
-                check_ranks(self._form(self._site(name)), self._site(name).geometry.matrix_shape, ranks)
-        left = [name for name in known if not any(re.fullmatch(p, name) for p in self.options.keep)]
-        rule = self.options.rank_rule is not None
-        chosen = [name for name in left if (given[name] is not None if name in given else rule)]
+                check_ranks(self._form(site), site.geometry.matrix_shape, ranks)
         unused = [p for p in self.options.keep if not any(re.fullmatch(p, name) for name in known)]
         if unused:
             raise ValueError(f"keep: {unused[0]!r} matches no layer; layers are: {', '.join(known)}")
+        left = [name for name in known if not any(re.fullmatch(p, name) for p in self.options.keep)]
+        by_rule = self.options.rank_rule is not None
+        chosen = [name for name in left if (given[name] is not None if name in given else by_rule)]
         if not chosen:
             raise ValueError("ranks, keep: they leave every layer alone; there is no layer to compress")
         return chosen
@@ -321,8 +247,8 @@ class Musco:
         given, rule = self.options.ranks or {}, self.options.rank_rule
         forms = {name: self._form(self._site(name)) for name in names}
         previous = {name: self._present(name, form) for name, form in forms.items()}
-        run = self._run(dense)
-        ranking = Ranking(run, rule, self._labelled(), self.options.data_aware)
+        run = self._first if rule is None or rule.needs == "nothing" else self._run(dense)
+        ranking = Ranking(run, dense, rule, self._labelled(), data_aware=self.options.data_aware)
         found = {}
         for site, problem in ranking.problems(forms, previous, without=given):
             asked = given.get(site.name)
@@ -340,7 +266,7 @@ class Musco:
             *(Rule(path=re.escape(n), form=self._form(self._site(n)), ranks=r) for n, r in chosen.items()),
             Rule(path=".*", keep=True),
         ]
-        folder = None if self._folder is None else self._folder / f"step-{self.num_steps + 1:04d}"
+        folder = None if self._store is None else self._store.layers_of(self.num_steps + 1)
         more = {"options": self._layer_options(), "progress": self._progress, "work_dir": folder}
         result = compress(dense, self._data, rules=rules, **more, **self._arguments)
         for row in result.report.layers:
@@ -373,31 +299,6 @@ class Musco:
                 "model: its parameters have other shapes than the compressor's; train with the structure fixed"
             )
 
-    def _store(self) -> None:
-        if self._folder is None:
-            return
-        name = f"network-{self.num_steps:04d}-{self._trained:04d}.safetensors"
-        save(self._folder / name, self._model)
-        lines = {"network": name, "trained": self._trained, "history": [asdict(step) for step in self.history]}
-        rows = {name: asdict(row) for name, row in self._rows.items()}
-        with replacing(self._folder / _STATE) as partial:
-            partial.write_text(json.dumps({**lines, "rows": rows}))
-        for other in self._folder.glob("network-*.safetensors"):
-            if other.name != name:
-                other.unlink()
-
-    def _resume(self) -> None:
-        """Go on from what the folder holds, if it holds anything yet."""
-        assert self._folder is not None
-        file = self._folder / _STATE
-        if not file.exists():
-            return
-        try:
-            found = json.loads(file.read_text())
-            steps = [{**line, "ranks": {n: tuple(r) for n, r in line["ranks"].items()}} for line in found["history"]]
-            rows = {name: LayerRow(**{**row, "shape": tuple(row["shape"])}) for name, row in found["rows"].items()}
-            network = self._folder / str(found["network"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"work_dir: {file} is damaged ({error}); give a new folder") from error
-        self._model = load(network, like=self._original)
-        self.history, self._rows, self._trained = [Step(**step) for step in steps], rows, found["trained"]
+    def _save(self) -> None:
+        if self._store is not None:
+            self._store.save(State(self._model, self.history, self._trained, self._rows))

@@ -11,7 +11,8 @@ from jaxtyping import Shaped
 from solvers.factor_sizes import Ranks
 from solvers.rank_rules import Evbmf, RankRule
 from unified_approx.budget import Budget
-from unified_approx.musco.compressor import Musco, MuscoOptions, Step
+from unified_approx.musco.compressor import Musco
+from unified_approx.musco.options import MuscoOptions, Step
 from unified_approx.pipeline import Calibration, Result
 from unified_approx.report import ProgressCallback
 
@@ -83,11 +84,12 @@ def musco(
     )
     more = {"labels": labels, "work_dir": work_dir, "progress": progress, **arguments}
     compressor = Musco(model, calibration, options, **more)
-    while compressor.awaits_training or not compressor.done:
-        if not compressor.awaits_training or train is None:
-            step = compressor.compression_step()
-            if on_step is not None:
-                on_step(step)
-        if train is not None and compressor.awaits_training:
+    while True:
+        if train is not None and compressor.awaits_training:  # at first only in a run that was killed in training
             compressor.model = train(compressor.result(), compressor.num_steps)
+        if compressor.done:
+            break
+        step = compressor.compression_step()
+        if on_step is not None:
+            on_step(step)
     return compressor.result()

@@ -42,16 +42,19 @@ class Ranking:
     The inputs of all of them are those of this network; the layers of a step do not see each other's errors here.
     """
 
-    def __init__(self, run: Run, rule: RankRule | None, labelled: Labelled | None, data_aware: bool):
+    def __init__(
+        self, run: Run, model: nnx.Module, rule: RankRule | None, labelled: Labelled | None, *, data_aware: bool
+    ):
         """See `Ranking.problems`.
 
         Args:
-            run: of the network with dense layers, on the calibration data.
+            run: of that network on the calibration data; where the rule needs weights alone, of any like it.
+            model: the network, its layers dense.
             rule: decides what is gathered; None: nothing.
             labelled: examples and labels, for rules that need accuracy.
             data_aware: errors are of the response, otherwise of the weights.
         """
-        self._run, self._labelled, self._data_aware = run, labelled, data_aware
+        self._run, self._model, self._labelled, self._data_aware = run, model, labelled, data_aware
         self._needs = "nothing" if rule is None else rule.needs
         self._whole: nnx.Module | None = None
 
@@ -72,7 +75,7 @@ class Ranking:
             geometry, form = site.geometry, chosen[site.name]
             spatial = run.capture.input_shape(site)[1:-1]
             positions = tuple(site.num_calls * p for p in factor_positions(form, geometry, spatial))
-            kernel = get(run.model, site.path).kernel[...]
+            kernel = get(self._model, site.path).kernel[...]
             needs = "nothing" if site.name in without else self._needs
             yield (
                 site,
