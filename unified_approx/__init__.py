@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unified_approx.budget import Budget
     from unified_approx.cost import choose_executions, fastest_dense
     from unified_approx.finetuning import finetune, match_outputs
+    from unified_approx.multistage import Musco, MuscoOptions, musco
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Imported on first use: the command line answers `--help` without loading JAX.
 _HOMES = {
     "Budget": "budget",
+    "Musco": "multistage",
+    "MuscoOptions": "multistage",
     "Plan": "run",
     "Recipe": "training",
     "Report": "report",
@@ -35,6 +38,7 @@ _HOMES = {
     "finetune": "finetuning",
     "load": "storage",
     "match_outputs": "finetuning",
+    "musco": "multistage",
     "plan": "pipeline",
     "remove_unread": "unread",
     "save": "storage",
@@ -46,6 +50,8 @@ _MODULES = ("datasets", "evaluate", "zoo")
 
 __all__ = [
     "Budget",
+    "Musco",
+    "MuscoOptions",
     "Plan",
     "Recipe",
     "Report",
@@ -61,6 +67,7 @@ __all__ = [
     "finetune",
     "load",
     "match_outputs",
+    "musco",
     "plan",
     "remove_unread",
     "save",

@@ -17,17 +17,18 @@ class _Bayes:
     Attributes:
         weakening: 1 takes the ranks found, 0.8 goes four fifths of the way from the present ranks to them.
         noise: variance of an entry's noise; None: estimated for each matrix.
-        least: smallest rank; layers that have no more stay as they are.
+        least: smallest rank; modes that have no more keep what they have. None: 8 for Tucker-2 and dense layers, 2
+            for the others, as MUSCO has it.
     """
 
     weakening: float = 0.8
     noise: float | None = None
-    least: int = 2
+    least: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weakening <= 1:
             raise ValueError(f"weakening: {self.weakening!r} is not in (0, 1]; 1 takes the ranks as they are found")
-        if self.least < 1:
+        if self.least is not None and self.least < 1:
             raise ValueError(f"least: {self.least!r}; give at least 1")
 
     @property
@@ -39,19 +40,30 @@ class _Bayes:
         raise NotImplementedError
 
     def choose(self, problem: RankProblem) -> RankChoice:
-        """r = R - weakening (R - found), R the present rank; CP takes the largest of its modes' ranks."""
-        name = type(self).__name__
-        found = [self._analyse(core).rank for core in problem.cores]
-        if min(found) == 0:
-            return RankChoice(None, f"{name} takes all of it for noise (ranks {tuple(found)}): left as it is")
+        """r = R - weakening (R - found), R the present rank; CP takes the largest of its modes' ranks.
+
+        Where nothing is found the rank stays; where nothing is found at all the layer does.
+        """
+        name, largest = type(self).__name__, problem.largest
+        found = tuple(self._analyse(core).rank for core in problem.cores)
+        if max(found) == 0:
+            return RankChoice(None, f"{name} takes all of it for noise (ranks {found}): left as it is")
+        note = f"{name} finds ranks {found}: where it finds none, the rank stays" if min(found) == 0 else ""
         if problem.form.startswith("cp"):
-            found = [min(max(found), problem.largest[0])]
-        ranks = tuple(
-            most if most <= self.least else max(self.least, int(most - self.weakening * (most - r)))
-            for r, most in zip(found, problem.largest, strict=True)
+            found = (min(max(found), largest[0]),)
+        if all(r >= most for r, most in zip(found, largest, strict=True)):
+            note = f"{name} finds full rank"
+        least = self._least(problem)
+        ranks = (
+            most if most <= least or r == 0 else max(least, int(most - self.weakening * (most - r)))
+            for r, most in zip(found, largest, strict=True)
         )
-        full = all(r >= most for r, most in zip(found, problem.largest, strict=True))
-        return RankChoice(ranks, f"{name} finds full rank" if full else "")
+        return RankChoice(tuple(ranks), note)
+
+    def _least(self, problem: RankProblem) -> int:
+        if self.least is not None:
+            return self.least
+        return 8 if problem.form == "tucker2" or not problem.shape.window else 2
 
 
 @dataclass(frozen=True, kw_only=True)

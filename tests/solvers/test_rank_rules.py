@@ -85,9 +85,22 @@ def test_evbmf_finds_planted_ranks(rule):
 
 def test_weakening_and_the_least_rank():
     w = planted((5, 3))
-    assert Evbmf(weakening=0.5).choose(problem("tucker2", w)).ranks == (int(14 - 0.5 * 9), int(10 - 0.5 * 7))
+    assert Evbmf(weakening=0.5, least=2).choose(problem("tucker2", w)).ranks == (int(14 - 0.5 * 9), int(10 - 0.5 * 7))
     assert Evbmf(weakening=1.0, least=7).choose(problem("tucker2", w)).ranks == (7, 7)
     assert Evbmf(weakening=1.0, least=12).choose(problem("tucker2", w)).ranks == (12, 10)
+
+
+def test_a_mode_without_signal_keeps_its_rank_and_small_layers_their_size():
+    rng = np.random.default_rng(4)
+    outputs = rng.normal(size=(N, 1)) * np.ones(C)[None, :] * 0.0
+    tensor = rng.normal(size=(N, S, C)) + 4 * np.einsum("oc,s->osc", outputs, np.ones(S))
+    tensor += 1.2 * rng.normal(size=(N, 1, 1)) * rng.normal(size=(1, S, C))
+    choice = Evbmf(weakening=1.0, least=1).choose(problem("tucker2", tensor.reshape(N, P)))
+    assert choice.ranks == (1, 10)
+    assert "finds ranks (1, 0)" in choice.note
+    w = planted((5, 3))
+    assert Evbmf(weakening=1.0).choose(problem("tucker2", w)).ranks == (8, 8)
+    assert Evbmf(weakening=1.0).choose(problem("cp3", w)).ranks == (5,)
 
 
 def test_a_wider_prior_keeps_more():

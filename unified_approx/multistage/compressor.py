@@ -21,9 +21,9 @@ from unified_approx.calling import Call, forward
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
-from unified_approx.musco.options import MuscoOptions, Step
-from unified_approx.musco.ranking import Ranking
-from unified_approx.musco.store import State, Store
+from unified_approx.multistage.options import MuscoOptions, Step
+from unified_approx.multistage.ranking import Ranking
+from unified_approx.multistage.store import State, Store
 from unified_approx.narrow import as_dense
 from unified_approx.pipeline import Calibration, Result, compress
 from unified_approx.report import LayerRow, ProgressCallback, Report

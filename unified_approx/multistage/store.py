@@ -9,7 +9,7 @@ from pathlib import Path
 from flax import nnx
 
 from unified_approx.files import claim, replacing
-from unified_approx.musco.options import Step
+from unified_approx.multistage.options import Step
 from unified_approx.report import LayerRow
 from unified_approx.storage import load, save
 

@@ -11,8 +11,8 @@ from jaxtyping import Shaped
 from solvers.factor_sizes import Ranks
 from solvers.rank_rules import Evbmf, RankRule
 from unified_approx.budget import Budget
-from unified_approx.musco.compressor import Musco
-from unified_approx.musco.options import MuscoOptions, Step
+from unified_approx.multistage.compressor import Musco
+from unified_approx.multistage.options import MuscoOptions, Step
 from unified_approx.pipeline import Calibration, Result
 from unified_approx.report import ProgressCallback
 
