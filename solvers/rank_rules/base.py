@@ -1,7 +1,7 @@
 """What a rule is, and what becomes of its choice."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from solvers.factor_sizes import Ranks
 from solvers.rank_rules.problem import RankProblem
@@ -22,6 +22,7 @@ class RankChoice:
     note: str = ""
 
 
+@runtime_checkable
 class RankRule(Protocol):
     """Chooses the ranks of one layer at a time.
 

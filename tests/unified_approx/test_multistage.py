@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import networks as nets
 import numpy as np
 import pytest
@@ -11,13 +10,16 @@ from flax import nnx
 from networks import Fn, build, conv, flat, linear
 
 import unified_approx as ua
+from solvers.factor_sizes import FACTORED
 from solvers.factor_sizes import cost as size_of
+from solvers.layer import LayerOptions
 from solvers.rank_rules import Cheapest, Energy, Evbmf, MaxDrop, Rate
 from unified_approx import datasets, evaluate, multistage, zoo
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
 from unified_approx.multistage.ranking import factor_positions
+from unified_approx.narrow import as_dense
 
 FAST: dict[str, Any] = {"rows": 1024, "progress": lambda e: None}
 RECIPE = ua.Recipe(epochs=1, batch_size=64, augment=None, learning_rate=0.01)
@@ -165,7 +167,7 @@ def test_rules_that_look_at_data(digits, rule):
 
 
 def test_data_aware_is_better_than_the_weights_alone(digits):
-    model, x, _, test, labels = digits
+    model, x, _, test, _ = digits
     found = {}
     for aware in (True, False):
         arguments = {"rank_rule": Rate(params=3.0), "data_aware": aware, "keep": ["conv1", "fc"], **FAST}
@@ -179,23 +181,12 @@ def test_data_aware_is_better_than_the_weights_alone(digits):
 
 def test_recompression_by_the_matrix_never_loses_to_recompressing_the_core(digits):
     """Data-free second stage against the published one: the core decomposed again, outer factors merged."""
-    model, x, _, _, _ = digits
-    stages = {}
+    network, x, layers = digits[0], digits[1][:200], []
     for ranks in ((24, 20), (10, 8)):
-        before = stages.get((24, 20), model)
-        result = (
-            ua.musco(before, x[:200], rank_rule=None, ranks={"conv3": ranks}, data_aware=False, **FAST)
-            if before is model
-            else None
-        )
-        stages[ranks] = result.model if result is not None else None
-    first = layer_of(stages[24, 20], "conv3")
-    compressor = ua.Musco(
-        model, x[:200], ua.MuscoOptions(rank_rule=None, ranks={"conv3": (10, 8)}, stages=2, data_aware=False), **FAST
-    )
-    compressor._model = stages[24, 20]
-    compressor.compression_step()
-    second = layer_of(compressor.model, "conv3")
+        result = ua.musco(network, x, rank_rule=None, ranks={"conv3": ranks}, data_aware=False, **FAST)
+        layers.append(layer_of(result.model, "conv3"))
+        network = as_dense(result.model)  # as every stage begins
+    first, second = layers
     shape = first.geometry.matrix_shape
     whole, found = (layer.terms[0].term().matrix(shape).astype(np.float64) for layer in (first, second))
     term = first.terms[0].term()
@@ -243,9 +234,6 @@ def test_a_killed_run_resumes_and_ends_with_the_same_network(digits, tmp_path):
 
 
 def test_positions_are_those_that_the_layers_count(digits):
-    from solvers.factor_sizes import FACTORED
-    from solvers.layer import LayerOptions
-
     model, x, _, _, _ = digits
     for form in FACTORED:
         ranks = (6, 5) if form == "tucker2" else (6,)
@@ -286,4 +274,3 @@ def test_bad_input_is_named(digits, change, message):
 def test_the_function_is_not_hidden_by_its_package():
     assert callable(ua.musco)
     assert multistage.musco is ua.musco
-    assert jnp.asarray(1) == 1
