@@ -133,8 +133,8 @@ class Dies(SgdLStep):
             os._exit(9)
         return new
 step = Dies(entry.preprocess(data.x_train), data.y_train, Schedule(epochs=2, batch_size=64, learning_rate=0.02))
-lc(zoo.load("digits"), [Task(path="conv.|fc", compression=AdaptiveCodebook(2))], step, [1e-3 * 2.0**i for i in range(4)],
-   checkpoint_dir=sys.argv[1])
+tasks = [Task(path="conv.|fc", compression=AdaptiveCodebook(2))]
+lc(zoo.load("digits"), tasks, step, [1e-3 * 2.0**i for i in range(4)], checkpoint_dir=sys.argv[1])
 """
 
 
