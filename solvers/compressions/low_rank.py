@@ -89,7 +89,7 @@ class _Factored:
         u, s, v = _svd(w)
         used = jnp.arange(largest) < rank
         root = jnp.where(used, jnp.sqrt(s[:largest]), 0)
-        factors = (u[:, :largest] * root, root[:, None] * v[:largest])
+        factors = (u[:, :largest] * root[None, :], root[:, None] * v[:largest])
         if self.value_bits == 16:
             factors = tuple(f.astype(jnp.float16).astype(w.dtype) for f in factors)
         return Factors(*factors, jnp.asarray(rank, jnp.int32))
@@ -163,11 +163,12 @@ class RankSelection(_Factored):
         energy = jnp.linalg.svd(w, compute_uv=False) ** 2
         total = jnp.sum(energy)
         left = jnp.concatenate([total[None], total - jnp.cumsum(energy)])
-        scale = jnp.where(total > 0, total, 1) if self.normalize else 1.0
-        ranks = jnp.arange(len(left))
+        scale = jnp.where(total > 0, total, 1) if self.normalize else jnp.ones_like(total)
+        ranks = jnp.arange(len(left)).astype(w.dtype)
         price = self.alpha * self.cost * ranks * (w.shape[0] + w.shape[1])
-        best = jnp.argmin(price + jnp.asarray(mu) / 2 * jnp.maximum(left, 0) / scale)
-        return self._factors(w, jnp.where(jnp.asarray(mu) > 0, best, min(w.shape)), min(w.shape))
+        weight = jnp.asarray(mu, w.dtype)
+        best = jnp.argmin(price + weight / 2 * jnp.maximum(left, 0) / scale)
+        return self._factors(w, jnp.where(weight > 0, best, min(w.shape)), min(w.shape))
 
     def penalty(self, theta: Factors) -> Float[Array, ""]:
         """Alpha times the cost of the rank."""

@@ -127,7 +127,7 @@ class PruneL1(_Pruned):
         """See `Compression.compress`."""
         size = jnp.sort(jnp.abs(target.reshape(-1)))[::-1]
         counts = jnp.arange(1, size.size + 1)
-        levels = (jnp.cumsum(size) - self.kappa) / counts
+        levels = (jnp.cumsum(size) - self.kappa) / counts.astype(size.dtype)
         last = jnp.max(jnp.where(size > levels, counts, 1)) - 1
         inside = jnp.sum(size) <= self.kappa
         return _shrink(target, jnp.where(inside, 0, jnp.maximum(levels[last], 0)))
@@ -152,7 +152,7 @@ class PenaltyL0(_Pruned):
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
         """See `Compression.compress`; nothing stays at mu = 0 and alpha > 0."""
-        return jnp.where(jnp.asarray(mu) * target * target > 2 * self.alpha, target, 0)
+        return jnp.where(jnp.asarray(mu, target.dtype) * target * target > 2 * self.alpha, target, 0)
 
     def penalty(self, theta: Values) -> Float[Array, ""]:
         """Alpha times the weights that are not zero."""

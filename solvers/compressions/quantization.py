@@ -76,7 +76,7 @@ def _lloyd(data: _Sorted, start: Float[Array, " k"]) -> Float[Array, " k"]:
         edges = jnp.searchsorted(data.values, (centers[1:] + centers[:-1]) / 2)
         ends = jnp.concatenate([jnp.zeros(1, edges.dtype), edges, jnp.full(1, data.values.size, edges.dtype)])
         counts = ends[1:] - ends[:-1]
-        new = (data.sums[ends[1:]] - data.sums[ends[:-1]]) / jnp.maximum(counts, 1)
+        new = (data.sums[ends[1:]] - data.sums[ends[:-1]]) / jnp.maximum(counts, 1).astype(data.sums.dtype)
         return jnp.sort(jnp.where(counts > 0, new, centers))
 
     def body(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -97,8 +97,8 @@ def _spread(data: _Sorted, k: int, key: Array) -> Float[Array, " k"]:
     def draw(centers: Array, i: Array, key: Array) -> Array:
         known = jnp.where(jnp.arange(k) < i, centers, jnp.inf)
         gap = jnp.min(jnp.abs(data.values[:, None] - known[None, :]), axis=1)
-        weight = jnp.cumsum(jnp.where(i > 0, gap * gap, 1.0))
-        return data.values[jnp.searchsorted(weight, jax.random.uniform(key) * weight[-1])]
+        weight = jnp.cumsum(jnp.where(i > 0, gap * gap, jnp.ones_like(gap)))
+        return data.values[jnp.searchsorted(weight, jax.random.uniform(key, dtype=weight.dtype) * weight[-1])]
 
     keys = jax.random.split(key, k)
     body = lambda i, centers: centers.at[i].set(draw(centers, i, keys[i]))  # noqa: E731
@@ -109,7 +109,7 @@ def _spread(data: _Sorted, k: int, key: Array) -> Float[Array, " k"]:
 def _means_from_scratch(target: Float[Array, "..."], k: int, seed: int) -> Float[Array, " k"]:
     """The best of ten runs from k-means++ and one from equal shares."""
     data = _sort(target)
-    shares = data.values[((jnp.arange(k) + 0.5) * data.values.size / k).astype(int)]
+    shares = data.values[((np.arange(k) + 0.5) * data.values.size / k).astype(int)]
     keys = jax.random.split(jax.random.key(seed), _STARTS)
     starts = jnp.concatenate([lax.map(partial(_spread, data, k), keys), shares[None]])
     found = lax.map(partial(_lloyd, data), starts)
@@ -207,7 +207,7 @@ class FixedCodebook:
 
     def penalty(self, theta: Int[Array, "..."]) -> Float[Array, ""]:
         """0."""
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
 
     def bits(self, theta: Int[Array, "..."]) -> int:
         """ceil(log2 k) for each weight."""
@@ -254,7 +254,7 @@ class Scaled(NamedTuple):
 class _OneScale:
     def decompress(self, theta: Scaled) -> Float[Array, "..."]:
         """Scale times signs."""
-        return theta.scale * theta.signs
+        return theta.scale * theta.signs.astype(theta.scale.dtype)
 
     def penalty(self, theta: Scaled) -> Float[Array, ""]:
         """0."""
@@ -289,7 +289,8 @@ class ScaledTernary(_OneScale):
         sums, counts = jnp.cumsum(size[order]), jnp.arange(1, size.size + 1)
         j = jnp.argmax(sums / jnp.sqrt(counts.astype(size.dtype)))
         kept = jnp.zeros(size.size, bool).at[order].set(counts <= j + 1).reshape(target.shape)
-        return Scaled(sums[j] / (j + 1), (jnp.sign(target) * kept).astype(jnp.int8))
+        c = sums[j] / (j + 1).astype(sums.dtype)
+        return Scaled(c, jnp.where(kept, jnp.sign(target), 0).astype(jnp.int8))
 
     def bits(self, theta: Scaled) -> int:
         """Two for each weight, and the scale."""

@@ -64,6 +64,7 @@ def test_the_network_is_compressed_and_better_than_directly(digits, l_step, name
 
 def test_quadratic_penalty_and_a_users_own_l_step(digits):
     model, x, y, test, labels = digits
+    x = jnp.asarray(x)
 
     def own(network, penalty, step):
         graphdef, params, rest = nnx.split(network, nnx.Param, ...)

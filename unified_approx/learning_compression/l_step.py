@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from unified_approx.learning_compression.penalty import Penalty
 Loss = Callable[[Float[Array, "batch classes"], Int[Array, " batch"]], Float[Array, ""]]
 
 
+@runtime_checkable
 class LStep(Protocol):
     """Anything that improves a network: `(model, penalty, step) -> model`. Add `penalty(model)` to your loss."""
 
@@ -103,7 +104,8 @@ class SgdLStep:
         self.schedule, self._loss, self._call = schedule, loss, call
         momentum = schedule.momentum
         make = optimizer or (lambda rate: optax.sgd(rate, momentum=momentum, nesterov=True))
-        self._optimizer = optax.inject_hyperparams(make)(learning_rate=schedule.learning_rate)  # pyright: ignore
+        named = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))
+        self._optimizer = named(learning_rate=schedule.learning_rate)
 
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
         """See `LStep`."""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -35,7 +34,7 @@ class Task:
 
     path: str
     compression: Compression
-    view: Literal["matrix", "vector"] = "matrix"
+    view: str = "matrix"
     joint: bool = False
 
     def __post_init__(self) -> None:
