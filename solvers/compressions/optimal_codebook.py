@@ -5,12 +5,25 @@ from jaxtyping import Float
 
 
 class _Costs:
-    """Squared error of the sorted values i ... j - 1 around their mean, from prefix sums."""
+    """Squared error of the increasing values i ... j - 1 around their mean, weighted by masses, from prefix sums.
 
-    def __init__(self, values: Float[np.ndarray, " d"]):
-        centred = values.astype(np.float64) - np.mean(values, dtype=np.float64)
-        self.first = np.concatenate([[0.0], np.cumsum(centred)])
-        self.second = np.concatenate([[0.0], np.cumsum(centred * centred)])
+    cost(i, j) = second[j] - second[i] - (first[j] - first[i])^2 / (mass[j] - mass[i]).
+    """
+
+    def __init__(self, values: Float[np.ndarray, " d"], masses: Float[np.ndarray, " d"]):
+        centred = values - np.average(values, weights=masses)
+        self.mass, self.first, self.second = (
+            np.concatenate([[0.0], np.cumsum(terms)]) for terms in (masses, masses * centred, masses * centred**2)
+        )
+
+    def head(self, before: np.ndarray) -> np.ndarray:
+        """before[i] and what of cost(i, j) depends on i alone."""
+        return before - self.second
+
+    def gain(self, i: np.ndarray, j: np.ndarray | int) -> np.ndarray:
+        """What cost(i, j) subtracts for both together."""
+        step = self.first[j] - self.first[i]
+        return step * step / (self.mass[j] - self.mass[i])
 
 
 def _layer(costs: _Costs, before: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +33,7 @@ def _layer(costs: _Costs, before: np.ndarray, clusters: int) -> tuple[np.ndarray
     are searched at once: d comparisons a depth, d log d in all.
     """
     d = len(before) - 1
-    head = before - costs.second  # cost(i, j) = second[j] - second[i] - (first[j] - first[i])^2 / (j - i)
+    head = costs.head(before)
     best, split = np.full(d + 1, np.inf), np.zeros(d + 1, np.int64)
     low, high = np.array([clusters]), np.array([d + 1])  # the j that each range holds
     left, right = np.array([clusters - 1]), np.array([d])  # the i that may be best for them
@@ -31,9 +44,7 @@ def _layer(costs: _Costs, before: np.ndarray, clusters: int) -> tuple[np.ndarray
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         owner = np.repeat(np.arange(len(low)), counts)
         i = np.arange(len(owner)) - starts[owner] + left[owner]
-        j = middle[owner]
-        step = costs.first[j] - costs.first[i]
-        value = head[i] - step * step / (j - i)
+        value = head[i] - costs.gain(i, middle[owner])
         least = np.minimum.reduceat(value, starts)
         hits = np.flatnonzero(value == least[owner])[::-1]
         at = np.empty(len(low), np.int64)
@@ -46,27 +57,52 @@ def _layer(costs: _Costs, before: np.ndarray, clusters: int) -> tuple[np.ndarray
     return best, split
 
 
-def optimal_centers(values: Float[np.ndarray, " d"], k: int) -> Float[np.ndarray, " k"]:
+def _last(costs: _Costs, before: np.ndarray, clusters: int) -> int:
+    """The i of `_layer` for j = d, which is all that is read of the last layer."""
+    d = len(before) - 1
+    i = np.arange(clusters - 1, d)
+    return int(i[np.argmin(costs.head(before)[i] - costs.gain(i, d))])
+
+
+def _grouped(
+    values: Float[np.ndarray, " d"], weights: Float[np.ndarray, " d"] | None
+) -> tuple[Float[np.ndarray, " distinct"], Float[np.ndarray, " distinct"]]:
+    """The distinct values that weigh something, increasing, and what they weigh."""
+    if weights is None:
+        distinct, counts = np.unique(values, return_counts=True)
+        return distinct.astype(np.float64), counts.astype(np.float64)
+    distinct, place = np.unique(values, return_inverse=True)
+    masses = np.bincount(place, weights, len(distinct))
+    return distinct[masses > 0].astype(np.float64), masses[masses > 0]
+
+
+def optimal_centers(
+    values: Float[np.ndarray, " d"], k: int, weights: Float[np.ndarray, " d"] | None = None
+) -> Float[np.ndarray, " k"]:
     """Increasing centers of least squared error; equal ones where there are fewer distinct values than k.
 
     Args:
         values: in any order.
         k: how many centers, at most d.
+        weights: what the squared error of each value counts, none negative and not all zero; None: all alike.
+
+    Raises:
+        ValueError: weights that are negative, not finite, or all zero.
     """
-    ordered = np.sort(values)
-    distinct = np.unique(ordered)
-    if len(distinct) <= k:
-        return np.concatenate([distinct, np.full(k - len(distinct), distinct[-1])])
-    costs = _Costs(ordered)
-    d = len(ordered)
-    counts = np.arange(d + 1)
-    best = costs.second - costs.first**2 / np.maximum(counts, 1)
+    if weights is not None and not (np.all(weights >= 0) and 0 < np.sum(weights, dtype=np.float64) < np.inf):
+        raise ValueError("weights: negative, not finite, or all zero; give weights >= 0, one of them positive")
+    distinct, masses = _grouped(values, weights)
+    d = len(distinct)
+    if d <= k:
+        return np.concatenate([distinct, np.full(k - d, distinct[-1])])
+    costs = _Costs(distinct, masses)
+    best = np.concatenate([[0.0], costs.second[1:] - costs.first[1:] ** 2 / costs.mass[1:]])
     splits = []
-    for clusters in range(2, k + 1):
+    for clusters in range(2, k):
         best, split = _layer(costs, best, clusters)
         splits.append(split)
-    ends = [d]
+    ends = [d] if k == 1 else [d, _last(costs, best, k)]
     for split in reversed(splits):
         ends.append(int(split[ends[-1]]))
     edges = [0, *reversed(ends)]
-    return np.array([ordered[a:b].mean(dtype=np.float64) for a, b in zip(edges, edges[1:], strict=False)])
+    return np.array([np.average(distinct[a:b], weights=masses[a:b]) for a, b in zip(edges, edges[1:], strict=False)])

@@ -123,7 +123,7 @@ def lc(
         FloatingPointError: an L step gave a loss or weights that are not finite; the best network so far is stored in
             `checkpoint_dir`, where there is one.
     """
-    mus = _checked(mu_schedule)
+    mus = checked_schedule(mu_schedule)
     pieces = resolve(tasks, model)
     measure = measure or getattr(l_step, "measure", None)
     values = parameters_of(model)
@@ -164,7 +164,8 @@ def lc(
     )
 
 
-def _checked(mu_schedule: Sequence[float]) -> list[float]:
+def checked_schedule(mu_schedule: Sequence[float]) -> list[float]:
+    """The schedule as floats; a ValueError unless it is positive and never falls."""
     mus = [float(mu) for mu in mu_schedule]
     if not mus or not all(np.isfinite(mu) and mu > 0 for mu in mus):
         raise ValueError(f"mu_schedule: {mus}; give positive numbers")

@@ -1,0 +1,215 @@
+"""Fast LC: compression that knows the loss by a quadratic model alone, without data, labels or training.
+
+Carreira-Perpinan & Zharmagambetov (2018), Fast model compression. `TaylorLStep` makes `lc` do it; `fast_lc` does it in
+one compiled loop for each piece, or at once where the model is diagonal and the compression has a solution.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float
+
+from solvers.compressions.base import FLOAT_BITS, Theta
+from solvers.taylor import Taylor, alternate
+from solvers.taylor_solutions import is_solvable, solve
+from unified_approx.learning_compression.algorithm import LcResult, Step, checked_schedule
+from unified_approx.learning_compression.penalty import Penalty
+from unified_approx.learning_compression.tasks import Piece, Task, parameters_of, resolve, with_values
+from unified_approx.learning_compression.taylor import NetworkTaylor, Part
+from unified_approx.work_dir import fingerprint
+
+MU_SCHEDULE = tuple(np.geomspace(1e-2, 1e2, 90).tolist())
+"""In units of the mean curvature of a piece: from where the model rules to where the compression does."""
+
+DAMPING = 0.01
+"""In the same unit."""
+
+
+class TaylorLStep:
+    """The L step of `lc` in closed form: every weight at the minimum of the model and the penalty.
+
+    Attributes:
+        taylor: the model, as it is: no damping, its gradient included.
+        move_free: put parameters without a task at the model's minimum; otherwise they stay as trained.
+    """
+
+    def __init__(self, taylor: NetworkTaylor, *, move_free: bool = False):
+        """Keep the model."""
+        self.taylor, self.move_free = taylor, move_free
+        self._least = min(float(jnp.min(part.h)) for part in taylor.parts.values())
+
+    def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
+        """See `LStep`.
+
+        Raises:
+            ValueError: a mu at which the model plus the penalty has no minimum, or a model of another network.
+        """
+        shapes = {path: value.shape for path, value in parameters_of(model).items()}
+        if any(path not in shapes for path in self.taylor.parts):
+            raise ValueError("taylor: made for a network with other parameters; give `taylor_of` this one")
+        if not float(penalty.mu) > -self._least:
+            raise ValueError(
+                f"mu_schedule: {float(penalty.mu):g} at step {step + 1}, but the curvature falls to {self._least:g}; "
+                f"give values above {-self._least:g}, or damp the model"
+            )
+        values = {path: _free(part, self.move_free) for path, part in self.taylor.parts.items()}
+        for piece, target in zip(penalty.pieces, penalty.targets, strict=True):
+            for path, aim in piece.unpack(target).items():
+                values[path] = _l_step(self.taylor.parts[path], aim, penalty.mu)
+        return with_values(model, {path: value.reshape(shapes[path]) for path, value in values.items()})
+
+    def measure(self, model: nnx.Module) -> float:
+        """Loss of a network by the model."""
+        return self.taylor.loss + float(self.taylor.value(parameters_of(model)))
+
+
+def _free(part: Part, move: bool) -> Array:
+    return part.minimum() if move else part.w
+
+
+def _l_step(part: Part, target: Array, mu: Float[ArrayLike, ""]) -> Array:
+    return part.l_step(target.reshape(part.w.shape), mu).reshape(target.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PieceModel:
+    """The model of one piece, a `solvers.taylor.Quadratic` of what its compression sees.
+
+    Attributes:
+        parts: of its parameters, in its order, damped.
+        scale: their mean curvature before.
+        piece: static.
+    """
+
+    parts: tuple[Part, ...]
+    scale: Float[Array, ""]
+    piece: Piece = field(metadata={"static": True})
+
+    def value(self, w: Float[Array, "..."]) -> Float[Array, ""]:
+        """See `Quadratic.value`."""
+        own = self.piece.unpack(w)
+        pairs = zip(self.parts, self.piece.paths, strict=True)
+        return sum((part.value(own[path].reshape(part.w.shape)) for part, path in pairs), start=jnp.zeros((), w.dtype))
+
+    def l_step(self, target: Float[Array, "..."], mu: Float[ArrayLike, ""]) -> Float[Array, "..."]:
+        """See `Quadratic.l_step`."""
+        own = self.piece.unpack(target)
+        pairs = zip(self.parts, self.piece.paths, strict=True)
+        return self.piece.pack({path: _l_step(part, own[path], mu) for part, path in pairs})
+
+    def loss(self, theta: Theta) -> Float[Array, ""]:
+        """Of a compressed form, its penalty included."""
+        compression = self.piece.compression
+        return self.value(compression.decompress(theta)) + compression.penalty(theta)
+
+    def packed(self, name: str) -> Float[Array, "..."]:
+        """A field of diagonal parts as the compression sees it."""
+        shapes = zip(self.parts, self.piece.paths, self.piece.shapes, strict=True)
+        return self.piece.pack({path: getattr(part, name).reshape(shape) for part, path, shape in shapes})
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether there is no other part."""
+        return all(isinstance(part, Taylor) for part in self.parts)
+
+
+def fast_lc(
+    model: nnx.Module,
+    tasks: Sequence[Task],
+    taylor: NetworkTaylor,
+    *,
+    mu_schedule: Sequence[float] = MU_SCHEDULE,
+    damping: float = DAMPING,
+    gradient: bool = False,
+    exact: bool = True,
+    augmented: bool = True,
+    move_free: bool = False,
+) -> LcResult:
+    """Compress a network by a quadratic model of its loss alone.
+
+    The model is a sum over the pieces, so each is solved by itself: at once where that is possible, else by alternating
+    L and C steps from direct compression on, the best theta kept.
+
+    Args:
+        model: the network that the model was made for; it is not changed.
+        tasks: as for `lc`.
+        taylor: `taylor_of(model, x, y)`, or `load_taylor(path, model)`.
+        mu_schedule: increasing, in units of the mean curvature of each piece.
+        damping: added to the curvature, in the same unit. Without it weights of no curvature move freely.
+        gradient: use the gradient too. A trained network's is near zero, and what is left of it moves the minimum,
+            w - g/h, far beyond the loss's own wherever curvatures are small or weights work together.
+        exact: solve pieces at once where that is possible; otherwise always alternate.
+        augmented: keep multipliers.
+        move_free: put parameters without a task at the (damped) minimum; otherwise they stay as they are.
+
+    Returns:
+        As `lc`; the history has one step, the result, and its loss is that of the model.
+
+    Raises:
+        ValueError: tasks, sizes or schedule as for `lc`; negative damping; a model made for other weights.
+    """
+    clock = time.perf_counter()
+    mus = checked_schedule(mu_schedule)
+    _check(model, taylor, damping)
+    pieces = resolve(tasks, model)
+    used = taylor if gradient else taylor.map(lambda part: part.without_gradient())
+    values = dict(parameters_of(model))
+    if move_free:
+        values = {path: _minimum(used.parts[path], damping).reshape(value.shape) for path, value in values.items()}
+    models = [_piece_model(piece, used, damping) for piece in pieces]
+    thetas = [_solve(own, mus, exact, augmented) for own in models]
+    loss = taylor.loss
+    for piece, own, theta in zip(pieces, models, thetas, strict=True):
+        values |= piece.decompress(theta)
+        loss += float(own.loss(theta))
+    total = sum(value.size for value in values.values())
+    seconds = (0.0, time.perf_counter() - clock)
+    return LcResult(
+        model=with_values(model, values),
+        thetas=tuple(thetas),
+        pieces=pieces,
+        history=(Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds),),
+        best=0,
+        original_bits=FLOAT_BITS * total,
+        free_bits=FLOAT_BITS * (total - sum(piece.size for piece in pieces)),
+    )
+
+
+def _solve(own: PieceModel, mus: Sequence[float], exact: bool, augmented: bool) -> Theta:
+    compression = own.piece.compression
+    if exact and own.is_diagonal and is_solvable(compression):
+        return solve(compression, Taylor(own.packed("w"), own.packed("g"), own.packed("h")))
+    schedule = jnp.asarray(mus, jnp.float32) * own.scale
+    return alternate(own, own.packed("w"), compression, schedule, augmented=augmented).theta
+
+
+def _scale(parts: Sequence[Part]) -> float:
+    """Mean curvature; without any ||g|| / ||w||; 1 if there is no gradient either."""
+    total = sum(float(jnp.sum(part.curvature())) for part in parts)
+    if total > 0:
+        return total / sum(part.w.size for part in parts)
+    g, w = (np.sqrt(sum(float(jnp.sum(a**2)) for a in each)) for each in zip(*((p.g, p.w) for p in parts), strict=True))
+    return float(g / w) if g > 0 and w > 0 else 1.0
+
+
+def _piece_model(piece: Piece, taylor: NetworkTaylor, damping: float) -> PieceModel:
+    parts = tuple(taylor.parts[path] for path in piece.paths)
+    scale = _scale(parts)
+    return PieceModel(tuple(part.damped(damping * scale) for part in parts), jnp.asarray(scale), piece)
+
+
+def _minimum(part: Part, damping: float) -> Array:
+    return part.damped(damping * _scale([part])).minimum()
+
+
+def _check(model: nnx.Module, taylor: NetworkTaylor, damping: float) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping: {damping}; give a number >= 0")
+    if taylor.fingerprint != fingerprint({}, model, None):
+        raise ValueError("taylor: made for a network with other weights; give that network, or `taylor_of` this one")
