@@ -19,7 +19,7 @@ from solvers.taylor import Taylor, alternate
 from solvers.taylor_solutions import is_solvable, solve
 from unified_approx.learning_compression.algorithm import LcResult, Step, checked_schedule
 from unified_approx.learning_compression.penalty import Penalty
-from unified_approx.learning_compression.tasks import Piece, Task, parameters_of, resolve, with_values
+from unified_approx.learning_compression.tasks import Piece, Task, Values, parameters_of, resolve, with_values
 from unified_approx.learning_compression.taylor import NetworkTaylor, Part
 from unified_approx.work_dir import fingerprint
 
@@ -41,6 +41,7 @@ class TaylorLStep:
     def __init__(self, taylor: NetworkTaylor, *, move_free: bool = False):
         """Keep the model."""
         self.taylor, self.move_free = taylor, move_free
+        self._sizes = {path: part.w.size for path, part in taylor.parts.items()}
         self._least = min(float(jnp.min(part.h)) for part in taylor.parts.values())
 
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
@@ -49,9 +50,7 @@ class TaylorLStep:
         Raises:
             ValueError: a mu at which the model plus the penalty has no minimum, or a model of another network.
         """
-        shapes = {path: value.shape for path, value in parameters_of(model).items()}
-        if any(path not in shapes for path in self.taylor.parts):
-            raise ValueError("taylor: made for a network with other parameters; give `taylor_of` this one")
+        shapes = {path: value.shape for path, value in self._parameters(model).items()}
         if not float(penalty.mu) > -self._least:
             raise ValueError(
                 f"mu_schedule: {float(penalty.mu):g} at step {step + 1}, but the curvature falls to {self._least:g}; "
@@ -65,7 +64,13 @@ class TaylorLStep:
 
     def measure(self, model: nnx.Module) -> float:
         """Loss of a network by the model."""
-        return self.taylor.loss + float(self.taylor.value(parameters_of(model)))
+        return self.taylor.loss + float(self.taylor.value(self._parameters(model)))
+
+    def _parameters(self, model: nnx.Module) -> Values:
+        values = parameters_of(model)
+        if {path: value.size for path, value in values.items()} != self._sizes:
+            raise ValueError("taylor: made for a network with other parameters; give `taylor_of` this one")
+        return values
 
 
 def _free(part: Part, move: bool) -> Array:

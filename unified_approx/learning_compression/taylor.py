@@ -78,7 +78,7 @@ class NetworkTaylor:
 def taylor_of(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
-    y: Shaped[np.ndarray | Array, "examples ..."] | None = None,
+    y: Shaped[np.ndarray | Array, "labels ..."] | None = None,
     *,
     curvature: str = curvatures.GAUSS_NEWTON,
     structure: str = "diagonal",
@@ -168,7 +168,8 @@ def _check_options(curvature: str, structure: str, loss: str, samples: int, batc
 def _count_outputs(model: nnx.Module, x: np.ndarray, call: Call) -> int:
     if not len(x):
         raise ValueError("x: no examples; give at least one")
-    z = jax.eval_shape(lambda one: call(model, one), jnp.asarray(x[:1]))
+    graphdef, state = nnx.split(model)  # a closure over the module would fail with nnx.jit or nnx.remat inside
+    z = jax.eval_shape(lambda state, one: call(nnx.merge(graphdef, state), one), state, jnp.asarray(x[:1]))
     if not hasattr(z, "shape") or len(z.shape) < 2 or z.shape[0] != 1:
         raise ValueError(
             "call: the network must give one array (examples, ...); pick it out with call=lambda model, x: ..."
@@ -195,7 +196,7 @@ def _targets(y: Any, loss: str, outputs: int, examples: int) -> np.ndarray:
 def hessian(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
-    y: Shaped[np.ndarray | Array, "examples ..."] | None,
+    y: Shaped[np.ndarray | Array, "labels ..."] | None,
     *,
     loss: str = "cross_entropy",
     call: Call = forward,
