@@ -71,6 +71,7 @@ NETWORKS = {
     "layer norm": (layer_norm, FLAT, {("n", "scale"), ("n", "bias")}),
     "called twice": (twice, FLAT, {("a", "kernel"), ("a", "bias")}),
     "tied": (tied, FLAT, {("a", "kernel"), ("a", "bias")}),
+    "under vmap": (networks.vmapped, IMAGE, {("a", "kernel"), ("a", "bias"), ("bn", "scale"), ("bn", "bias")}),
     "a single layer": (lambda: linear(6, 3), FLAT, {("kernel",), ("bias",)}),
 }
 

@@ -1,7 +1,7 @@
 """The Learning-Compression algorithm."""
 
 from unified_approx.learning_compression.algorithm import LcResult, Step, lc
-from unified_approx.learning_compression.fast import TaylorLStep, fast_lc
+from unified_approx.learning_compression.fast import TaylorLStep, direct_compression, fast_lc
 from unified_approx.learning_compression.l_step import LStep, Schedule, SgdLStep, cross_entropy
 from unified_approx.learning_compression.penalty import Penalty
 from unified_approx.learning_compression.tasks import Task
@@ -18,6 +18,7 @@ __all__ = [
     "Task",
     "TaylorLStep",
     "cross_entropy",
+    "direct_compression",
     "fast_lc",
     "lc",
     "load_taylor",

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from solvers.output_loss import OutputLoss
@@ -103,7 +104,10 @@ def prepare(model: nnx.Module, x: Shaped[Array, "batch ..."], **options: Any) ->
         **options: further fields of `Program`.
     """
     sites = find_sites(model)
-    found = _assemble(model, x, sites, options)
+    try:
+        found = _assemble(model, x, sites, options)
+    except (TraceContextError, ValueError):  # layers under jax.vmap or nnx.vmap, where nothing can be noted
+        return _assemble(model, x, (), options)
     understood = _understood(*found, x)
     return found if len(understood) == len(sites) else _assemble(model, x, understood, options)
 
