@@ -160,8 +160,7 @@ def optimal_centers(
         return np.concatenate([distinct, np.full(k - len(distinct), distinct[-1])])
     costs = _Costs(distinct, masses)
     edges = np.array([0, *_best_ends(costs, k), len(distinct)])
-    means = np.add.reduceat(masses * distinct, edges[:-1]) / np.add.reduceat(masses, edges[:-1])
-    return means
+    return np.add.reduceat(masses * distinct, edges[:-1]) / np.add.reduceat(masses, edges[:-1])
 
 
 def _best_ends(costs: _Costs, k: int) -> list[int]:
