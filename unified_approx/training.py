@@ -18,6 +18,7 @@ from unified_approx.calling import Call, forward
 from unified_approx.checkpoints import Checkpoints
 from unified_approx.evaluate import accuracy
 from unified_approx.objectives import CrossEntropy, Objective
+from unified_approx.tiny import as_products
 
 Prepare = Callable[[Array], Array]
 _Data = tuple[Array, Array | None]
@@ -157,7 +158,7 @@ class _Loop:
         key, own = jax.random.split(key)
         x = augment_crop_flip(data[0][index], own) if self.augment else data[0][index]
         labels = None if data[1] is None else data[1][index]
-        gradient_of = jax.value_and_grad(self.loss, has_aux=True)
+        gradient_of = jax.value_and_grad(as_products(self.loss), has_aux=True)
         (value, rest), gradient = gradient_of(params, rest, fixed, taught, self.prepare(x), labels)
         change, state = self.transform.update(gradient, state, params)
         return (optax.apply_updates(params, change), rest, state, key), value
@@ -170,7 +171,7 @@ class _Loop:
     @partial(jax.jit, static_argnums=0)
     def judge(self, x: Array, taught: Any, fixed: Any, params: Any, rest: Any) -> Float[Array, ""]:
         """The objective on a batch that is not trained on."""
-        return self.loss(params, rest, fixed, taught, self.prepare(x), None)[0]
+        return as_products(self.loss)(params, rest, fixed, taught, self.prepare(x), None)[0]
 
 
 def train(
