@@ -8,6 +8,7 @@ Finished stages are kept in the work folder, so that a killed run goes on; one s
 """
 
 import json
+import re
 import shlex
 import time
 from pathlib import Path
@@ -49,11 +50,13 @@ def main(
     network: str = "resnet20",
     budget: str = "macs=0.5",
     epochs: int = 0,
+    skip_original: Annotated[bool, typer.Option(help="Train the compressed network only.")] = False,
     calibration: int = 2000,
     allocation: str = "kl",
     form: str = "best",
     group: str = "column",
-    keep: Annotated[list[str] | None, typer.Option()] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Layers that stay as they are.")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="Layers of single columns and all forms.")] = None,
     learning_rate: float = 0.02,
     batch_size: int = 128,
     seed: int = 0,
@@ -65,13 +68,15 @@ def main(
     """Make one row of the table."""
     start = time.perf_counter()
     asked = {k: v for k, v in locals().items() if k not in ("start", "data", "models", "work_dir", "json_file")}
-    kind = "-".join(map(str, (network, allocation, group, calibration, seed, *(keep or ())))).replace("/", "_")
+    own = [*(keep or ()), *(f"{pattern}-columns" for pattern in columns or ())]
+    kind = re.sub(r"[^\w.-]", "_", "-".join(map(str, (network, allocation, group, calibration, seed, *own))))
     name = f"{kind}-{budget}-{form}".replace("=", "").replace(",", "-")
     entry = zoo.entry(network)
     images, model = Images.load(entry, data, seed), published.load(network, models)
-    fast, _ = ua.fastest_dense(model, images.test[:64])
-    reference = evaluate.accuracy(fast, images.test, images.labels)
-    shared = {"rules": [ua.Rule(path=pattern, keep=True) for pattern in keep or ()], "group": group, "seed": seed}
+    reference = evaluate.accuracy(model, images.test, images.labels)
+    rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
+    rules += [ua.Rule(path=pattern, group="column") for pattern in columns or ()]
+    shared = {"rules": rules, "group": group, "seed": seed}
     chosen = entry.preprocess(images.x[HELD_OUT:][:calibration])
     with compact():
         table = None
@@ -92,13 +97,16 @@ def main(
         "solve_seconds": time.perf_counter() - clock,
         "sensitivity_seconds": 0.0 if table is None else table.seconds,
         "solve_peak_rss_mb": peak_rss_mb(),
-        "accuracy_without_training": evaluate.accuracy(result.model, images.test, images.labels),
     }
     if epochs:
+        more["accuracy_without_training"] = evaluate.accuracy(result.model, images.test, images.labels)
         recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
-        tuned, original = _trained(entry, images, result, fast, recipe, work_dir / name, work_dir / kind)
-        more["reference_finetuned_accuracy"] = evaluate.accuracy(original, images.test, images.labels)
+        train = _Training(entry, images, recipe)
+        tuned = train(result.model, work_dir / name, teacher=model)
         result = ua.Result(model=tuned, report=result.report)
+        if not skip_original:
+            again = train(model, work_dir / network)
+            more["reference_finetuned_accuracy"] = evaluate.accuracy(again, images.test, images.labels)
     row = comparison.compare(
         network,
         model,
@@ -126,17 +134,27 @@ def _table(file: Path, model: nnx.Module, chosen: Any, method: str, shared: dict
     return ua.Sensitivity.load(file)
 
 
-def _trained(
-    entry: zoo.ZooEntry, images: Images, result: ua.Result, original: nnx.Module, recipe: Recipe, work: Path, base: Path
-) -> tuple[nnx.Module, nnx.Module]:
-    """The compressed network and the original, both trained on with the same recipe."""
-    held = images.x[:HELD_OUT], images.y[:HELD_OUT]
-    train = images.x[HELD_OUT:], images.y[HELD_OUT:]
-    common = {"validation": held, "prepare": entry.normalization(None).on_device, "progress": print}
-    folder = f"{recipe.epochs}-{recipe.learning_rate:g}"
-    tuned = ua.finetune(result, *train, recipe, original=original, checkpoint_dir=work / f"tuned-{folder}", **common)
-    again = ua.finetune(original, *train, recipe, checkpoint_dir=base / f"original-{folder}", **common)
-    return tuned.model, again.model
+class _Training(NamedTuple):
+    """One recipe for the compressed network and the original."""
+
+    entry: zoo.ZooEntry
+    images: Images
+    recipe: Recipe
+
+    def __call__(self, network: nnx.Module, folder: Path, teacher: nnx.Module | None = None) -> nnx.Module:
+        """The network after its best epoch; resumes from the folder."""
+        x, y = self.images.x, self.images.y
+        return ua.finetune(
+            network,
+            x[HELD_OUT:],
+            y[HELD_OUT:],
+            self.recipe,
+            original=teacher,
+            validation=(x[:HELD_OUT], y[:HELD_OUT]),
+            prepare=self.entry.normalization(None).on_device,
+            progress=print,
+            checkpoint_dir=folder / f"{self.recipe.epochs}-{self.recipe.learning_rate:g}",
+        ).model
 
 
 if __name__ == "__main__":

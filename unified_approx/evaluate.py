@@ -11,18 +11,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Shaped
 
 from unified_approx.calling import Call, forward
+from unified_approx.tiny import as_products
 
 AnyArray = Array | np.ndarray
 
 
 @partial(jax.jit, static_argnames=("graphdef", "call"))
 def _run(graphdef: Any, state: Any, x: Array, call: Call) -> Any:
-    return call(nnx.merge(graphdef, state), x)
+    return as_products(lambda state, x: call(nnx.merge(graphdef, state), x))(state, x)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "call"), compiler_options={"xla_backend_optimization_level": 0})
 def _run_once(graphdef: Any, state: Any, batch: Any, call: Call) -> Any:
-    return call(nnx.merge(graphdef, state), batch)
+    return as_products(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
 
 
 def outputs_once(model: nnx.Module, batch: Any, *, call: Call = forward) -> list[Any]:

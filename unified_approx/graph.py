@@ -10,19 +10,17 @@ Values are numbered; number -> shape and dtype in `Graph.avals`.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.extend import core as jex_core
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
 from unified_approx.assemble import get, modules
-from unified_approx.im2col import Geometry, is_channels_last, patches
 from unified_approx.sites import Path
+from unified_approx.tiny import by_patches, tiny_convolution
 
 # Primitives that only call another jaxpr, and the parameter that holds it; releases differ in the names.
 _INLINED = {
@@ -36,7 +34,6 @@ _INLINED = {
     "custom_vjp_call": "call_jaxpr",
 }
 _ALIASES = ("name", "copy", "copy_p")
-TINY = 8  # output positions; at 2x2 the convolution runs at 2 GFLOP/s, patches times matrix at 145
 _LAZY_SIZE = 4096  # weight-only broadcasts with more elements are made when read, not stored
 
 Value = Any  # a jax.Array, or a NumPy or Python scalar as literals have it
@@ -172,41 +169,16 @@ class _Flattener:
 
 def _function(eqn: Any) -> Callable[..., Sequence[Value]]:
     primitive, params = eqn.primitive, eqn.params
-    geometry = _tiny_convolution(eqn)
+    geometry = tiny_convolution(eqn)
     if geometry is not None:
         dtype = eqn.outvars[0].aval.dtype
-        return lambda x, kernel: [_by_patches(x, kernel, geometry).astype(dtype)]
+        return lambda x, kernel: [by_patches(x, kernel, geometry).astype(dtype)]
 
     def run(*values: Value) -> Sequence[Value]:
         out = primitive.bind(*values, **params)
         return out if primitive.multiple_results else [out]
 
     return run
-
-
-def _tiny_convolution(eqn: Any) -> Geometry | None:
-    """The geometry of a plain convolution to images so small that XLA's CPU convolution is tens of times slower."""
-    if eqn.primitive.name != "conv_general_dilated":
-        return None
-    params, (x, kernel) = eqn.params, (v.aval for v in eqn.invars)
-    axes = x.ndim - 2
-    plain = (
-        is_channels_last(params["dimension_numbers"], axes)
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-        and all(d == 1 for d in params["lhs_dilation"])
-        and all(pad >= 0 for pair in params["padding"] for pad in pair)
-    )
-    if not plain or prod(eqn.outvars[0].aval.shape[1:-1]) > TINY:
-        return None
-    *window, c_in, c_out = kernel.shape
-    return Geometry(
-        tuple(window), c_in, c_out, params["window_strides"], tuple(params["padding"]), params["rhs_dilation"]
-    )
-
-
-@partial(jax.jit, static_argnums=2)
-def _by_patches(x: Array, kernel: Array, geometry: Geometry) -> Array:
-    return patches(x, geometry) @ kernel.reshape(-1, geometry.c_out)
 
 
 def _drop_dead(ops: Iterable[Op], outputs: Iterable[int]) -> list[Op]:

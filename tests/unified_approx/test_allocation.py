@@ -155,6 +155,13 @@ def test_budgets_are_met_over_the_whole_network(digits, table, limits):
     assert evaluate.accuracy(result.model, test, labels) > 90
 
 
+def test_single_columns_in_some_layers_and_whole_channels_in_others(digits):
+    model, x, *_ = digits
+    rules = [ua.Rule(path="conv2", group="column")]
+    result = ua.compress(model, x, budget=ua.Budget(macs=0.4), group="channel", rules=rules, **QUIET, rows=1024)
+    assert 0.3 < 1 / result.report.macs_ratio <= 0.4
+
+
 def test_allocation_beats_the_same_fraction_everywhere(digits, table):
     model, x, _, test, _ = digits
     reference, agreements = evaluate.predict(model, test), {}

@@ -49,7 +49,7 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
                 "sensitivity: the table is of another network, other data or groups, or timed where this run is not "
                 "(or the other way round); leave it out"
             )
-        predictable = all(s.sized for s in run.settings.values() if s.open)
+        predictable = any(s.sized for s in run.settings.values() if s.open)
         run.settings |= _rehearsed(run, budget, table) if predictable else assign_by_loss(run, budget, table)[0]
     for site in run.capture.sites:
         check_reachable(site, run.settings[site.path])
@@ -65,20 +65,23 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
     limits = budget.given()
     scale = dict.fromkeys(limits, 1.0)
     found, choice = assign_by_loss(run, budget, table)
-    best: dict[Path, Settings] | None = None
+    best: tuple[float, dict[Path, Settings]] | None = None
     for _ in range(_REHEARSALS):
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
-        if max(used.values()) <= 1:
-            best = found
-        if _FULL <= max(used.values()) <= 1:
+        fits, before = max(used.values()) <= 1, choice
+        if fits and (best is None or choice.loss < best[0]):
+            best = choice.loss, found
+        if fits and min(used.values()) >= _FULL:
             break
         # Savings in two layers at once make the cost nearly quadratic in the limit: half a step never overshoots far.
-        scale = {name: s * (_AIM / max(used.values())) ** 0.6 for name, s in scale.items()}
+        scale = {name: s * (_AIM / used[name]) ** 0.6 for name, s in scale.items()}
         try:
             found, choice = assign_by_loss(run, budget, table, scale)
         except ValueError:  # moved below what the layers can reach: the budget itself is not at fault
             break
-    return found if best is None else best
+        if fits and max(used.values()) >= _FULL and choice.items == before.items:
+            break  # what is not used up does not bind
+    return found if best is None else best[1]
 
 
 def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str, float]:
@@ -92,11 +95,17 @@ def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str,
 
 
 def _rehearsal(run: "Run", found: Mapping[Path, Settings], choice: Choice) -> nnx.Module:
-    """A network of the chosen sizes with arbitrary values."""
+    """A network of the chosen sizes with arbitrary values.
+
+    A layer whose form is chosen later is taken to read all its channels, at the multiply-adds of its size.
+    """
+    made = {}
     sites = [site for site in run.capture.sites if site.path in found]
-    made = {
-        site.path: run.module(site, sized_terms(item.form, item.size, site.geometry.matrix_shape), site.shift)
-        for site, item in zip(sites, choice.items, strict=True)
-        if item.form != "dense"
-    }
+    for site, item in zip(sites, choice.items, strict=True):
+        shape, form, size = site.geometry.matrix_shape, item.form, item.size
+        if form == "dense":
+            continue
+        if not run.settings[site.path].sized:
+            form, size = "low_rank", max(1, round(item.macs / run.positions(site) / (shape.n + shape.p)))
+        made[site.path] = run.module(site, sized_terms(form, size, shape), site.shift)
     return assemble(run.model, made, run.capture.sites)

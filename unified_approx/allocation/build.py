@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,8 +19,7 @@ from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, Sensitivity, spread, with_losses
 from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import assemble
-from unified_approx.graph import TINY
-from unified_approx.layers.factored import MATMUL, MERGED
+from unified_approx.layers.factored import MERGED
 from unified_approx.sampling import problems
 from unified_approx.sites import LayerSite
 from unified_approx.streams import Streams
@@ -108,7 +106,6 @@ def _layer(
 
 
 def _dense(run: "Run", site: LayerSite, matrix: Float[Any, "n p"], bias: Float[Any, " n"]) -> nnx.Module:
-    """The layer with another matrix, fast on images of every size."""
-    tiny = site.geometry.window and prod(run.spatial[site.path]) <= TINY
+    """The layer with another matrix."""
     terms = (Dense(np.asarray(matrix, np.float32)),)
-    return run.module(site, terms, np.asarray(bias, np.float32)).with_execution(MATMUL if tiny else MERGED)
+    return run.module(site, terms, np.asarray(bias, np.float32)).with_execution(MERGED)

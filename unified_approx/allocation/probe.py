@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, PyTree
 
 from unified_approx.distances import floating, is_logits, output_distance
 from unified_approx.sites import Path
+from unified_approx.tiny import as_products
 
 Flat = Mapping[tuple[Any, ...], Any]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _forward(call: Callable[..., Any], graphdef: Any, state: Any, batch: Any) -> Any:
-    return call(nnx.merge(graphdef, state), batch)
+    return as_products(lambda state, batch: call(nnx.merge(graphdef, state), batch))(state, batch)
 
 
 _distance = jax.jit(output_distance)
@@ -33,7 +34,7 @@ def _derivative(call: Callable[..., Any], graphdef: Any, flat: Any, change: Any,
         return floating(call(nnx.merge(graphdef, state), batch))
 
     base = {key: flat[key][...] for key in change}
-    return jax.jvp(outputs, (base,), (change,))[1]
+    return jax.jvp(as_products(outputs), (base,), (change,))[1]
 
 
 @jax.jit
