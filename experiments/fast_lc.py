@@ -28,7 +28,6 @@ from resumable import Rows, kept
 
 from solvers.compressions import AdaptiveCodebook, PruneL0
 from unified_approx import datasets, evaluate, zoo
-from unified_approx.cost import fastest_dense
 from unified_approx.learning_compression import (
     LcResult,
     NetworkTaylor,
@@ -99,15 +98,13 @@ class Network:
     y_test: np.ndarray
 
     def error(self, model: nnx.Module) -> float:
-        """Of a network of this structure on the test images, in percent, run in the fastest form of its layers."""
-        fast = fastest_dense(model, jnp.asarray(self.x_test[:64]), rounds=1)[0] if self.name == "vgg16" else model
-        return 100.0 - evaluate.accuracy(fast, self.x_test, self.y_test)
+        """Of a network of this structure on the test images, in percent."""
+        return 100.0 - evaluate.accuracy(model, self.x_test, self.y_test)
 
     def loss(self, model: nnx.Module, examples: int = 2000) -> float:
         """Mean cross entropy on training images."""
-        fast = fastest_dense(model, jnp.asarray(self.x[:64]), rounds=1)[0] if self.name == "vgg16" else model
         x, y = self.x[:examples], self.y[:examples]
-        return float(cross_entropy(jnp.asarray(evaluate.predict(fast, x)), jnp.asarray(y)))
+        return float(cross_entropy(jnp.asarray(evaluate.predict(model, x)), jnp.asarray(y)))
 
 
 def load(name: str, case: Case, data: Path | None, models: Path, seed: int) -> Network:
@@ -134,14 +131,12 @@ def taylor(network: Network, case: Case, structure: str, work: Path, seed: int) 
     return load_taylor(file, network.model), float(json.loads(stem.with_suffix(".seconds").read_text()))
 
 
-def tasks_of(network: Network, case: Case, budget: str) -> list[Task]:
+def tasks_of(case: Case, budget: str) -> list[Task]:
     """`prune=share` or `quantize=k`."""
     kind, size = budget.split("=")
     if kind == "quantize":
         return [Task(path=case.kernels, compression=AdaptiveCodebook(int(size)))]
-    probe = [Task(path=case.kernels, compression=PruneL0(0), view="vector", joint=True)]
-    total = sum(piece.size for piece in direct_compression(network.model, probe).pieces)
-    return [Task(path=case.kernels, compression=PruneL0(round(float(size) * total)), view="vector", joint=True)]
+    return [Task(path=case.kernels, compression=PruneL0(float(size)), view="vector", joint=True)]
 
 
 def compress(network: Network, tasks: Sequence[Task], model: NetworkTaylor | None) -> tuple[LcResult, float]:
@@ -155,7 +150,7 @@ def compress(network: Network, tasks: Sequence[Task], model: NetworkTaylor | Non
 
 def row_of(network: Network, case: Case, budget: str, model: NetworkTaylor | None, **more: Any) -> dict[str, Any]:
     """One compressed network, measured."""
-    result, seconds = compress(network, tasks_of(network, case, budget), model)
+    result, seconds = compress(network, tasks_of(case, budget), model)
     error, reference = network.error(result.model), network.error(network.model)
     own, original = parameters_of(result.model), parameters_of(network.model)
     values = sum(int(jnp.sum(value != 0)) for value in own.values())

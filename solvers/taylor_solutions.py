@@ -18,6 +18,7 @@ from solvers.compressions import (
     Codebook,
     Compression,
     FixedCodebook,
+    OneOf,
     OptimalCodebook,
     PenaltyL0,
     PruneGroups,
@@ -27,8 +28,10 @@ from solvers.compressions import (
     ScaledTernary,
 )
 from solvers.compressions.base import FLOAT_BITS, Theta
+from solvers.compressions.checks import count_of
+from solvers.compressions.one_of import Choice
 from solvers.compressions.optimal_codebook import optimal_centers
-from solvers.compressions.quantization import Scaled
+from solvers.compressions.quantization import Scaled, nearest
 from solvers.selection import largest
 from solvers.taylor import Taylor
 
@@ -46,10 +49,9 @@ def prune(form: PruneL0, model: Taylor) -> Values:
     Raises:
         ValueError: kappa above the number of weights.
     """
-    if form.kappa > model.w.size:
-        raise ValueError(f"kappa: {form.kappa} of {model.w.size} weights; give at most that many")
+    kappa = count_of("kappa", form.kappa, model.w.size, "weights")
     saliency = np.asarray(model.saliency())
-    return _kept(model, largest(saliency.reshape(-1), form.kappa).reshape(saliency.shape))
+    return _kept(model, largest(saliency.reshape(-1), kappa).reshape(saliency.shape))
 
 
 def prune_penalty(form: PenaltyL0, model: Taylor) -> Values:
@@ -64,10 +66,9 @@ def prune_groups(form: PruneGroups, model: Taylor) -> Float[Array, "n p"]:
         ValueError: kappa above the number of groups.
     """
     shape = model.w.shape
-    if form.kappa > form.grouping.count(shape):
-        raise ValueError(f"kappa: {form.kappa} of {form.grouping.count(shape)} {form.grouping.name}")
+    kappa = count_of("kappa", form.kappa, form.grouping.count(shape), form.grouping.name)
     gains = jnp.sqrt(jnp.maximum(model.saliency(), 0))
-    mask = largest(np.asarray(form.grouping.norms(gains)), form.kappa)
+    mask = largest(np.asarray(form.grouping.norms(gains)), kappa)
     return _kept(model, np.asarray(form.grouping.expand(jnp.asarray(mask), shape)))
 
 
@@ -96,9 +97,7 @@ def quantize(form: AdaptiveCodebook | OptimalCodebook, model: Taylor) -> Codeboo
         raise ValueError(f"k: {form.k} values for {model.w.size} weights; give at most that many")
     points, weights = (np.asarray(a).reshape(-1) for a in (model.minimum(), importance(model)))
     centers = jnp.asarray(optimal_centers(points, form.k, weights), model.w.dtype)
-    edges = np.asarray((centers[1:] + centers[:-1]) / 2)
-    codes = np.searchsorted(edges, points).astype(np.int32)
-    return Codebook(centers, jnp.asarray(codes.reshape(model.w.shape)))
+    return Codebook(centers, nearest(model.minimum(), centers))
 
 
 def quantize_fixed(form: FixedCodebook, model: Taylor) -> Theta:
@@ -143,10 +142,23 @@ def add(form: Additive, model: Taylor) -> tuple[Theta, ...]:
     return tuple(thetas)
 
 
+def choose(form: OneOf, model: Taylor) -> Choice:
+    """The form of lowest loss, of equals the first."""
+    thetas = tuple(solve(part, model) for part in form.parts)
+    losses = jnp.stack([_loss(part, theta, model) for part, theta in zip(form.parts, thetas, strict=True)])
+    return Choice(jnp.argmin(losses).astype(jnp.int32), thetas)
+
+
+def _loss(form: Compression, theta: Theta, model: Taylor) -> Float[Array, ""]:
+    values = form.decompress(theta).astype(model.w.dtype)
+    return model.value(values) + form.penalty(theta).astype(model.w.dtype)
+
+
 SOLUTIONS: Mapping[type, Callable[[Any, Taylor], Theta]] = {
     AdaptiveCodebook: quantize,
     Additive: add,
     FixedCodebook: quantize_fixed,
+    OneOf: choose,
     OptimalCodebook: quantize,
     PenaltyL0: prune_penalty,
     PruneGroups: prune_groups,
@@ -160,7 +172,7 @@ SOLUTIONS: Mapping[type, Callable[[Any, Taylor], Theta]] = {
 
 def is_solvable(form: Compression) -> bool:
     """Whether `solve` takes the form."""
-    if isinstance(form, Additive):
+    if isinstance(form, Additive | OneOf):
         return all(is_solvable(part) for part in form.parts)
     if isinstance(form, PruneL0):
         return form.precision == FLOAT_BITS

@@ -11,6 +11,7 @@ from solvers.compressions import (
     Additive,
     FixedCodebook,
     LowRank,
+    OneOf,
     OptimalCodebook,
     PenaltyL0,
     PruneGroups,
@@ -173,6 +174,14 @@ def test_sums_never_get_worse_with_more_rounds():
     losses = [loss(Additive(parts, rounds), model) for rounds in (1, 2, 4, 8)]
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
     assert losses[-1] < min(loss(part, model) for part in parts)
+
+
+def test_the_better_of_two_forms_is_chosen():
+    model = model_of()
+    parts = (ScaledBinary(), OptimalCodebook(3))
+    losses = [loss(part, model) for part in parts]
+    for order in (parts, parts[::-1]):
+        assert loss(OneOf(order), model) == pytest.approx(min(losses))
 
 
 def test_which_forms_have_a_solution():

@@ -31,6 +31,7 @@ from unified_approx.learning_compression.probes import (
     with_probes,
 )
 from unified_approx.sites import Path
+from unified_approx.tiny import as_products
 
 GAUSS_NEWTON, MONTE_CARLO, FISHER, NONE = "gauss_newton", "monte_carlo", "fisher", "none"
 _VALUES_AT_ONCE = 1 << 22  # of single examples' gradients, where no probe helps
@@ -134,7 +135,8 @@ def _understood(program: Program, state: Any, x: Array) -> tuple[Site, ...]:
 
     @jax.jit
     def compare(params: Any, push: Any, fixed: Any, x: Array) -> list[Array]:
-        z, pull, (_, seen) = jax.vjp(lambda p, e: program.outputs(p, e, fixed, x), params, push, has_aux=True)
+        run = as_products(lambda p, e: program.outputs(p, e, fixed, x))
+        z, pull, (_, seen) = jax.vjp(run, params, push, has_aux=True)
         u = jax.random.normal(jax.random.key(0), z.shape[1:], z.dtype)
         gradient, delta = (_flat(part) for part in pull(jnp.zeros_like(z).at[-1].set(u)))
         truth = {strip(path, program.sites): value for path, value in gradient.items()}
@@ -207,7 +209,8 @@ def _add(total: Any, more: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _forward(program: Program, state: Any, x: Array, y: Array | None, own: Array) -> _Run:
     params, push, fixed = state
-    z, pull, (_, seen) = jax.vjp(lambda p, e: program.outputs(p, e, fixed, x), params, push, has_aux=True)
+    run = as_products(lambda p, e: program.outputs(p, e, fixed, x))
+    z, pull, (_, seen) = jax.vjp(run, params, push, has_aux=True)
     own = own.astype(z.dtype)
     if y is None:
         loss, residuals = jnp.zeros(()), jnp.zeros_like(z)

@@ -6,7 +6,6 @@ gradient of every single example with respect to the layer's parameters. Probes 
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax
@@ -16,8 +15,7 @@ from jaxtyping import Array, Float
 
 from solvers.example_gradients import PAIRS_UP_TO, sum_of_squares_by_pairs, sum_of_squares_one_by_one
 from unified_approx.assemble import homes, modules, put
-from unified_approx.graph import TINY
-from unified_approx.im2col import Geometry, output_shape, patches
+from unified_approx.im2col import Geometry, patches
 from unified_approx.layers import geometry_of
 from unified_approx.sites import Path
 
@@ -41,24 +39,13 @@ class Probe(nnx.Module):
 
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         """What the layer gives, plus the push."""
-        y = self._run(x, *args, **kwargs) + self.push[...]
+        y = self.layer(x, *args, **kwargs) + self.push[...]
         self.seen.set_value(_normalized(self.layer, x) if isinstance(self.layer, nnx.BatchNorm) else x)
         self.push.set_value(jnp.zeros_like(y))  # of the shape that a push must have, for whoever asks first
         return y
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "__dict__")[INNER], name)
-
-    def _run(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        layer = self.layer
-        if not isinstance(layer, nnx.Conv) or layer.dtype not in (None, x.dtype):
-            return layer(x, *args, **kwargs)
-        geometry = geometry_of(layer)
-        if x.ndim != len(geometry.window) + 2 or prod(output_shape(x.shape[1:-1], geometry)) > TINY:
-            return layer(x, *args, **kwargs)
-        # XLA's CPU convolution is tens of times slower than patches times matrix on images this small.
-        y = patches(x, geometry) @ layer.kernel[...].reshape(-1, geometry.c_out)
-        return y if layer.bias is None else y + layer.bias[...]
 
 
 def _normalized(norm: nnx.BatchNorm, x: Array) -> Array:
