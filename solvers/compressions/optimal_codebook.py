@@ -131,13 +131,14 @@ def _grid(costs: _Costs) -> Int[np.ndarray, " g"]:
 def _grouped(
     values: Float[np.ndarray, " d"], weights: Float[np.ndarray, " d"] | None
 ) -> tuple[Float[np.ndarray, " distinct"], Float[np.ndarray, " distinct"]]:
-    """The distinct values that weigh something, increasing, and what they weigh."""
+    """The distinct values whose weight counts, increasing, and what they weigh."""
     if weights is None:
         distinct, counts = np.unique(values, return_counts=True)
         return distinct.astype(np.float64), counts.astype(np.float64)
     distinct, place = np.unique(values, return_inverse=True)
     masses = np.bincount(place, weights, len(distinct))
-    return distinct[masses > 0].astype(np.float64), masses[masses > 0]
+    heavy = masses > np.finfo(np.float64).eps * masses.sum()  # others are lost in sums over all values
+    return distinct[heavy].astype(np.float64), masses[heavy]
 
 
 def optimal_centers(

@@ -80,6 +80,7 @@ def problem(name, seed=0):
     make, shape, _ = NETWORKS[name]
     rng = np.random.default_rng(seed)
     model = build(make)
+    model.eval()
     x = rng.normal(size=(EXAMPLES, *shape)).astype(np.float32)
     classes = np.asarray(model(jnp.asarray(x))).reshape(EXAMPLES, -1).shape[1]
     return model, x, rng.integers(0, classes, EXAMPLES)
