@@ -1,23 +1,18 @@
 """Which parameters are compressed together, as what, and how."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from solvers.compressions import Compression
-from solvers.compressions.base import Theta
-from unified_approx.assemble import modules
-from unified_approx.im2col import kernel_to_matrix
+from unified_approx.assemble import get
+from unified_approx.pieces import Piece, Values, parameters_of, with_values
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
 
-Values = Mapping[Path, Float[Array, "..."]]
-"""Parameters by path."""
+__all__ = ["Piece", "Task", "Values", "parameters_of", "resolve", "with_values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +24,17 @@ class Task:
             `fc1/bias` or `conv1/terms/0/u`.
         compression: of `solvers.compressions`.
         view: "matrix": each kernel as its (n, p) matrix; "vector": as one row of numbers.
-        joint: all parameters named are one vector: one codebook, or one number of weights, for all of them.
+        joint: all parameters named are one vector: one codebook, or one number of weights, for all of them. A form in
+            `Each` still sees the layers one by one, as matrices.
+        norm_after: a batch norm follows these layers. One that is compressed to nothing (rank 0) is then left out of
+            penalty and multipliers: the norm undoes any shrinking on the way.
     """
 
     path: str
     compression: Compression
     view: str = "matrix"
     joint: bool = False
+    norm_after: bool = False
 
     def __post_init__(self) -> None:
         check_pattern("tasks", self.path)
@@ -45,71 +44,18 @@ class Task:
             raise ValueError(f"tasks: {self.path!r} is joint, which only vectors can be; give view='vector'")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Parameters that are one target of a C step.
-
-    Attributes:
-        name: for reports.
-        compression: likewise.
-        paths: of the parameters.
-        shapes: theirs.
-        matrix: whether the one parameter is seen as a matrix.
-        is_kernel: whether it is a layer's kernel, whose last axis are the outputs.
-    """
-
-    name: str
-    compression: Compression
-    paths: tuple[Path, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    matrix: bool
-    is_kernel: bool
-
-    @property
-    def size(self) -> int:
-        """Weights in all."""
-        return sum(prod(shape) for shape in self.shapes)
-
-    def pack(self, values: Values) -> Float[Array, "..."]:
-        """What the compression sees."""
-        if self.matrix:
-            value = values[self.paths[0]]
-            return kernel_to_matrix(value) if self.is_kernel else value.reshape(value.shape[0], -1)
-        return jnp.concatenate([values[path].reshape(-1) for path in self.paths])
-
-    def unpack(self, target: Float[Array, "..."]) -> dict[Path, Float[Array, "..."]]:
-        """The parameters, from what the compression sees."""
-        if self.matrix:
-            shape = self.shapes[0]
-            return {self.paths[0]: (target.T if self.is_kernel else target).reshape(shape)}
-        found, start = {}, 0
-        for path, shape in zip(self.paths, self.shapes, strict=True):
-            found[path] = target[start : start + prod(shape)].reshape(shape)
-            start += prod(shape)
-        return found
-
-    def decompress(self, theta: Theta) -> dict[Path, Float[Array, "..."]]:
-        """The parameters that theta stands for."""
-        return self.unpack(self.compression.decompress(theta))
-
-
-def parameters_of(model: nnx.Module) -> dict[Path, Float[Array, "..."]]:
-    """All `nnx.Param`s by path, each once."""
-    return {tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
 def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
-    """The targets of the C steps.
+    """The targets of the C steps, their compressions bound to the layers.
 
     Raises:
-        ValueError: no tasks, one that names nothing, or two that name the same parameter.
+        ValueError: no tasks, one that names nothing, two that name the same parameter, or a size out of range.
     """
     if not tasks:
         raise ValueError("tasks: empty; give at least one Task")
     values = parameters_of(model)
-    layers = {path for path, module in modules(model).items() if isinstance(module, nnx.Conv | nnx.Linear)}
+    kernels = {path for path in values if path[-1] == "kernel" and _is_layer(model, path[:-1])}
     names = {path_name(path): path for path in values}
-    names |= {path_name(path): (*path, "kernel") for path in layers}
+    names |= {path_name(path[:-1]): path for path in values if path in kernels}
     owner: dict[Path, Task] = {}
     pieces = []
     for task in tasks:
@@ -124,21 +70,24 @@ def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
                 )
             owner[path] = task
         groups = [paths] if task.joint else [(path,) for path in paths]
-        pieces += [_piece(task, group, values, layers) for group in groups]
+        pieces += [_bound(_piece(task, group, values, kernels), values) for group in groups]
     return tuple(pieces)
 
 
-def _piece(task: Task, paths: tuple[Path, ...], values: Values, layers: set[Path]) -> Piece:
-    is_kernel = paths[0][:-1] in layers and paths[0][-1] == "kernel"
-    name = path_name(paths[0][:-1] if is_kernel else paths[0]) if len(paths) == 1 else task.path
+def _is_layer(model: nnx.Module, path: Path) -> bool:
+    return isinstance(get(model, path), nnx.Conv | nnx.Linear)
+
+
+def _piece(task: Task, paths: tuple[Path, ...], values: Values, kernels: set[Path]) -> Piece:
+    is_kernel = tuple(path in kernels for path in paths)
+    name = path_name(paths[0][:-1] if is_kernel[0] else paths[0]) if len(paths) == 1 else task.path
     matrix = task.view == "matrix" and values[paths[0]].ndim > 1
     shapes = tuple(values[path].shape for path in paths)
-    return Piece(name, task.compression, paths, shapes, matrix, is_kernel)
+    return Piece(name, task.compression, paths, shapes, is_kernel, matrix, task.norm_after)
 
 
-def with_values(model: nnx.Module, values: Values) -> nnx.Module:
-    """A copy of the network with these parameters."""
-    new = nnx.clone(model)
-    flat = dict(nnx.to_flat_state(nnx.state(new, nnx.Param)))
-    nnx.update(new, nnx.from_flat_state({path: flat[path].replace(value) for path, value in values.items()}))
-    return new
+def _bound(piece: Piece, values: Values) -> Piece:
+    try:
+        return replace(piece, compression=piece.compression.bind(piece.pack(values), piece.layers))
+    except ValueError as error:
+        raise ValueError(f"tasks: {piece.name}: {error}") from error
