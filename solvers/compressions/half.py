@@ -29,6 +29,10 @@ class Half(Compression):
         """As they are."""
         return theta
 
+    def settle(self, theta: Float[Array, "..."]) -> Float[Array, "..."]:
+        """See `Compression.settle`."""
+        return rounded(theta, _BITS)
+
     def bits(self, theta: Float[Array, "..."]) -> int:
         """16 for each weight."""
         return _BITS * theta.size

@@ -123,6 +123,7 @@ class _Alternation:
             loss=self._loss(compressed(model, self.pieces, thetas)),
             own_loss=self._loss(model),
             gap=self._gap(thetas, targets),
+            penalty=self._penalty_of(thetas),
             info=self._info(thetas),
         )
         duals = tuple(jnp.zeros_like(w) for w in targets)
@@ -149,6 +150,7 @@ class _Alternation:
             loss=self._loss(compressed(run.model, self.pieces, run.thetas)),
             own_loss=own_loss,
             gap=self._gap(run.thetas, targets),
+            penalty=self._penalty_of(run.thetas),
             l_before=before,
             l_after=after,
             c_before=c_before,
@@ -194,6 +196,9 @@ class _Alternation:
         pairs = [squared_gap(p.compression, t, w) for p, t, w in zip(self.pieces, thetas, targets, strict=True)]
         gap, size = (float(sum(part)) for part in zip(*pairs, strict=True))
         return float(np.sqrt(gap / max(size, 1e-30)))
+
+    def _penalty_of(self, thetas: Sequence[Theta]) -> float:
+        return float(sum(p.compression.penalty(theta) for p, theta in zip(self.pieces, thetas, strict=True)))
 
     def _info(self, thetas: Sequence[Theta]) -> tuple[dict, ...]:
         return tuple(p.compression.info(theta) for p, theta in zip(self.pieces, thetas, strict=True))

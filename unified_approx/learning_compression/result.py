@@ -23,6 +23,7 @@ class Step:
         mu: of this step.
         loss: training loss of the compressed network, w = Delta(theta); None where nothing measures it.
         gap: ||w - Delta(theta)|| / ||w||.
+        penalty: what the compressed forms themselves cost; the best step is that of lowest loss + penalty.
         own_loss: training loss of w after the L step, without penalty.
         l_before: loss + penalty before the L step; None for step 0 or where nothing measures it.
         l_after: after it.
@@ -37,6 +38,7 @@ class Step:
     mu: float
     loss: float | None
     gap: float
+    penalty: float = 0.0
     own_loss: float | None = None
     l_before: float | None = None
     l_after: float | None = None
@@ -62,7 +64,8 @@ class LcResult:
         thetas: what each piece is stored as.
         pieces: the pieces.
         history: step by step.
-        best: number of the best step: lowest training loss of the compressed network, the last where none is measured.
+        best: number of the best step: lowest training loss of the compressed network plus penalty, the last where none
+            is measured.
         original_bits: of all parameters before, 32 each.
         free_bits: of the parameters without a task.
     """

@@ -90,9 +90,9 @@ def _with_state(model: nnx.Module, state: Any) -> nnx.Module:
 
 
 def _best_step(history: list[Step]) -> int:
-    """Number of the step of lowest loss, the first of equals; the last where none is measured."""
-    known = [line for line in history if line.loss is not None]
-    return min(known, key=lambda line: (line.loss, line.step)).step if known else history[-1].step
+    """Number of the step of lowest objective, the first of equals; the last where none is measured."""
+    known = {line.step: line.loss + line.penalty for line in history if line.loss is not None}
+    return min(known, key=lambda step: (known[step], step)) if known else history[-1].step
 
 
 def open_store(

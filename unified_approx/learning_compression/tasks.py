@@ -1,7 +1,7 @@
 """Which parameters are compressed together, as what, and how."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flax import nnx
@@ -12,7 +12,7 @@ from unified_approx.pieces import Piece, Values, parameters_of, with_values
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
 
-__all__ = ["Piece", "Task", "Values", "parameters_of", "resolve", "with_values"]
+__all__ = ["Piece", "Task", "Values", "assigned", "kernels_of", "parameters_of", "resolve", "with_values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Task:
     """One compression of the parameters that a pattern names.
 
     Attributes:
-        path: regular expression for whole names: of layers, whose kernels are meant, or of parameters such as
-            `fc1/bias` or `conv1/terms/0/u`.
+        path: regular expression for whole names: of layers, whose kernels are meant. One that names no layer is for
+            parameters, such as `fc1/bias` or `conv1/terms/0/u`.
         compression: of `solvers.compressions`.
         view: "matrix": each kernel as its (n, p) matrix; "vector": as one row of numbers.
         joint: all parameters named are one vector: one codebook, or one number of weights, for all of them. A form in
@@ -50,18 +50,34 @@ def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
     Raises:
         ValueError: no tasks, one that names nothing, two that name the same parameter, or a size out of range.
     """
+    values = parameters_of(model)
+    kernels = kernels_of(model)
+    return tuple(_bound(_piece(task, group, values, kernels), values) for task, group in assigned(tasks, model))
+
+
+def kernels_of(model: nnx.Module) -> set[Path]:
+    """The parameters that are kernels of convolutions and dense layers."""
+    return {path for path in parameters_of(model) if path[-1] == "kernel" and _is_layer(model, path[:-1])}
+
+
+def assigned(tasks: Sequence[Task], model: nnx.Module) -> list[tuple[Task, tuple[Path, ...]]]:
+    """For each target of a C step its task and its parameters.
+
+    Raises:
+        ValueError: no tasks, one that names nothing, or two that name the same parameter.
+    """
     if not tasks:
         raise ValueError("tasks: empty; give at least one Task")
-    values = parameters_of(model)
-    kernels = {path for path in values if path[-1] == "kernel" and _is_layer(model, path[:-1])}
-    names = {path_name(path): path for path in values}
-    names |= {path_name(path[:-1]): path for path in values if path in kernels}
+    values, kernels = parameters_of(model), kernels_of(model)
+    layers = {path_name(path[:-1]): path for path in values if path in kernels}
+    parameters = {path_name(path): path for path in values}
     owner: dict[Path, Task] = {}
-    pieces = []
+    found: list[tuple[Task, tuple[Path, ...]]] = []
     for task in tasks:
-        paths = tuple(dict.fromkeys(path for name, path in names.items() if re.fullmatch(task.path, name)))
+        paths = _matching(task.path, layers) or _matching(task.path, parameters)
         if not paths:
-            raise ValueError(f"tasks: {task.path!r} names no parameter; there are: {', '.join(sorted(names))}")
+            known = ", ".join([*layers, *parameters])
+            raise ValueError(f"tasks: {task.path!r} names no layer and no parameter; there are: {known}")
         for path in paths:
             if path in owner:
                 raise ValueError(
@@ -69,9 +85,12 @@ def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
                     "and use Additive for a sum of compressions"
                 )
             owner[path] = task
-        groups = [paths] if task.joint else [(path,) for path in paths]
-        pieces += [_bound(_piece(task, group, values, kernels), values) for group in groups]
-    return tuple(pieces)
+        found += [(task, group) for group in ([paths] if task.joint else [(path,) for path in paths])]
+    return found
+
+
+def _matching(pattern: str, names: Mapping[str, Path]) -> tuple[Path, ...]:
+    return tuple(path for name, path in names.items() if re.fullmatch(pattern, name))
 
 
 def _is_layer(model: nnx.Module, path: Path) -> bool:
