@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from solvers.compressions.base import FLOAT_BITS, Theta
-from unified_approx.coding import encode
+from unified_approx.coding import Coded, encode
 from unified_approx.learning_compression.rebuild import halved, rebuilt
 from unified_approx.pieces import Piece, parameters_of, with_values
 from unified_approx.storage import save
@@ -101,22 +101,23 @@ class LcResult:
         """
         return rebuilt(self.model, self.pieces, self.thetas)[0]
 
-    def save(self, path: str | PathLike[str], *, report: Mapping[str, Any] | None = None) -> int:
-        """Write the rebuilt network to one file, whose other pieces are stored as their bits; `load` reads it.
-
-        Args:
-            path: of the file.
-            report: JSON-able; stored in the header.
-
-        Returns:
-            Its size in bytes.
-        """
+    def parts(self) -> tuple[nnx.Module, tuple[Coded, ...]]:
+        """The rebuilt network, and what of its parameters is stored as streams of bits."""
         model, left = rebuilt(self.model, self.pieces, self.thetas)
         stored = [(self.pieces[i], self.thetas[i]) for i in left]
         for i in set(range(len(self.pieces))) - set(left):
             stored += halved(model, self.pieces[i])
         coded = [encode(*own) for own in stored]
-        return save(path, model, report=report, coded=[stream for stream in coded if stream is not None])
+        return model, tuple(stream for stream in coded if stream is not None)
+
+    def save(self, path: str | PathLike[str]) -> int:
+        """Write the rebuilt network to one file, in which the other pieces are streams of bits; `load` reads it.
+
+        Returns:
+            Its size in bytes.
+        """
+        model, coded = self.parts()
+        return save(path, model, coded=coded)
 
 
 def compressed(model: nnx.Module, pieces: tuple[Piece, ...], thetas: tuple[Theta, ...]) -> nnx.Module:
