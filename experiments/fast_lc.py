@@ -27,18 +27,18 @@ from flax import nnx
 from resumable import Rows, kept
 
 from solvers.compressions import AdaptiveCodebook, PruneL0
+from solvers.output_loss import Softmax
 from unified_approx import datasets, evaluate, zoo
 from unified_approx.learning_compression import (
     LcResult,
     NetworkTaylor,
     Task,
-    cross_entropy,
     direct_compression,
     fast_lc,
     load_taylor,
     taylor_of,
 )
-from unified_approx.learning_compression.tasks import parameters_of
+from unified_approx.pieces import parameters_of
 from unified_approx.results import check, network_row, read_rows, write_results
 
 RESULT = Path(__file__).parent / "results" / "fast_lc.json"
@@ -104,7 +104,7 @@ class Network:
     def loss(self, model: nnx.Module, examples: int = 2000) -> float:
         """Mean cross entropy on training images."""
         x, y = self.x[:examples], self.y[:examples]
-        return float(cross_entropy(jnp.asarray(evaluate.predict(model, x)), jnp.asarray(y)))
+        return float(jnp.mean(Softmax().values(jnp.asarray(evaluate.predict(model, x)), jnp.asarray(y))))
 
 
 def load(name: str, case: Case, data: Path | None, models: Path, seed: int) -> Network:

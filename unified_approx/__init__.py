@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from unified_approx.budget import Budget
     from unified_approx.cost import choose_executions, fastest_dense
     from unified_approx.finetuning import finetune, match_outputs
+    from unified_approx.learning_compression import (
+        LcResult,
+        Schedule,
+        SgdLStep,
+        Task,
+        exponential,
+        finetune_compressed,
+        lc,
+    )
     from unified_approx.pipeline import Result, compress, plan, sensitivity
     from unified_approx.report import Report
     from unified_approx.rules import Rule
@@ -22,17 +31,24 @@ if TYPE_CHECKING:
 # Imported on first use: the command line answers `--help` without loading JAX.
 _HOMES = {
     "Budget": "budget",
+    "LcResult": "learning_compression",
     "Plan": "run",
     "Recipe": "training",
     "Report": "report",
     "Result": "pipeline",
     "Rule": "rules",
+    "Schedule": "learning_compression",
     "Sensitivity": "allocation",
+    "SgdLStep": "learning_compression",
+    "Task": "learning_compression",
     "choose_executions": "cost",
     "compress": "pipeline",
     "compress_in_stages": "stages",
+    "exponential": "learning_compression",
     "fastest_dense": "cost",
     "finetune": "finetuning",
+    "finetune_compressed": "learning_compression",
+    "lc": "learning_compression",
     "load": "storage",
     "match_outputs": "finetuning",
     "plan": "pipeline",
@@ -46,19 +62,26 @@ _MODULES = ("datasets", "evaluate", "zoo")
 
 __all__ = [
     "Budget",
+    "LcResult",
     "Plan",
     "Recipe",
     "Report",
     "Result",
     "Rule",
+    "Schedule",
     "Sensitivity",
+    "SgdLStep",
+    "Task",
     "choose_executions",
     "compress",
     "compress_in_stages",
     "datasets",
     "evaluate",
+    "exponential",
     "fastest_dense",
     "finetune",
+    "finetune_compressed",
+    "lc",
     "load",
     "match_outputs",
     "plan",

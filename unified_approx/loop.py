@@ -1,8 +1,8 @@
 """Steps of training, compiled: one after the other in one call, or one a call where XLA's loops are slow."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +106,14 @@ class Loop:
     call: Call
     in_one_call: bool
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # That of a graphdef takes milliseconds, and every call asks for it.
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     def loss(self, params: Any, moving: Any, inputs: Inputs, x: Array, labels: Array | None) -> tuple[Array, Any]:
         """The objective and the penalty on one prepared batch, and what moved."""
         # Copies: a running statistic cannot be updated from inside the trace of the gradient otherwise.
@@ -164,6 +172,8 @@ class Loop:
         return Carry(optax.apply_updates(carry.params, change), moving, state, key), value
 
     @partial(jax.jit, static_argnums=0)
-    def judge(self, x: Array, inputs: Inputs, carry: Carry) -> Float[Array, ""]:
+    def judge(
+        self, inputs: Inputs, params: Any, moving: Any, x: Array, labels: Array | None = None
+    ) -> Float[Array, ""]:
         """The objective on a batch that is not trained on."""
-        return as_products(self.loss)(carry.params, carry.moving, inputs, self.prepare(x), None)[0]
+        return as_products(self.loss)(params, moving, inputs, self.prepare(x), labels)[0]

@@ -243,5 +243,5 @@ def _validate(loop: Loop, carry: Carry, inputs: Inputs, validation: Any, batch: 
         x, y = validation
         return {"accuracy": accuracy(model, np.asarray(loop.prepare(jnp.asarray(x))), y, call=loop.call)}
     parts = [validation[i : i + batch] for i in range(0, len(validation), batch)]
-    total = sum(len(x) * float(loop.judge(jnp.asarray(x), inputs, carry)) for x in parts)
+    total = sum(len(x) * float(loop.judge(inputs, *carry[:2], jnp.asarray(x))) for x in parts)
     return {"validation_loss": total / len(validation)}

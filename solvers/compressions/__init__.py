@@ -5,6 +5,7 @@ from solvers.compressions.base import Compression
 from solvers.compressions.each import Each
 from solvers.compressions.fixed_codebook import FixedCodebook, binary, fixed_point, powers_of_two
 from solvers.compressions.groups import PenaltyGroups, PruneGroups, PruneNofM
+from solvers.compressions.half import Half
 from solvers.compressions.low_rank import Factors, LowRank, PenaltyNuclear
 from solvers.compressions.one_of import OneOf
 from solvers.compressions.pruning import PenaltyL0, PenaltyL1, PruneL0, PruneL1, PruneQuantize
@@ -25,6 +26,7 @@ __all__ = [
     "Each",
     "Factors",
     "FixedCodebook",
+    "Half",
     "LowRank",
     "OneOf",
     "OptimalCodebook",

@@ -74,6 +74,10 @@ class Compression(ABC):
         """Theta as pieces of a layer that is smaller than the dense one; None where there is no such layer."""
         return None
 
+    def settle(self, theta: Theta) -> Theta:
+        """Theta as it can be stored, after training has moved its values: rounded to fewer bits, where it is so."""
+        return theta
+
     def info(self, theta: Theta) -> dict[str, Any]:
         """What a history should tell of theta, in JSON's types."""
         return {}

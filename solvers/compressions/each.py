@@ -76,6 +76,10 @@ class Each(Compression):
         pairs = zip(self.parts, self.layers, strict=True)
         return tuple(part.decode(reader, (layer.n, layer.p)) for part, layer in pairs)
 
+    def settle(self, theta: tuple[Theta, ...]) -> tuple[Theta, ...]:
+        """See `Compression.settle`."""
+        return tuple(part.settle(own) for part, own in zip(self.parts, theta, strict=True))
+
     def info(self, theta: tuple[Theta, ...]) -> dict[str, Any]:
         """Of all layers."""
         return {"layers": [part.info(own) for part, own in zip(self.parts, theta, strict=True)]}

@@ -87,6 +87,11 @@ class OneOf(Compression):
         part, own = self._chosen(theta)
         return part.terms(own, shape)
 
+    def settle(self, theta: Choice) -> Choice:
+        """See `Compression.settle`."""
+        pairs = zip(self.parts, theta.thetas, strict=True)
+        return Choice(theta.which, tuple(part.settle(own) for part, own in pairs))
+
     def info(self, theta: Choice) -> dict[str, Any]:
         """Of the chosen form, and which it is."""
         part, own = self._chosen(theta)

@@ -106,6 +106,10 @@ class PruneL0(_Pruned):
         kept = largest(target, count_of("kappa", self.kappa, target.size, "weights"))
         return rounded(jnp.where(kept, target, 0), self.precision)
 
+    def settle(self, theta: Values) -> Values:
+        """See `Compression.settle`."""
+        return rounded(theta, self.precision)
+
     @property
     def _value_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.precision

@@ -15,6 +15,8 @@ from solvers.compressions.one_of import OneOf
 from solvers.compressions.reshaping import SCHEMES, check_scheme
 from solvers.terms import MatrixShape, Term
 
+MACS = "macs"
+
 
 @dataclass(frozen=True)
 class RankSelection(FactoredForm):
@@ -26,7 +28,8 @@ class RankSelection(FactoredForm):
 
     Attributes:
         alpha: price of a stored value, or of a multiply-add.
-        cost: multiply-adds per stored value of (u, v): the output positions; 1 for storage.
+        cost: multiply-adds per stored value of (u, v): the output positions; 1 for storage. "macs" stands for them
+            until someone who knows the images puts them in.
         scheme: of the layer as a matrix, see `Reshaping`; "auto": the one of lower objective.
         window: (kh, kw) of a convolution, which `bind` finds out.
         value_bits: 32, or 16 for float16 values.
@@ -34,7 +37,7 @@ class RankSelection(FactoredForm):
 
     word: ClassVar = "select_rank"
     alpha: float
-    cost: float | tuple[float, float] = 1.0
+    cost: float | tuple[float, float] | str = 1.0
     scheme: str = "rows"
     window: tuple[int, ...] = ()
     value_bits: int = FLOAT_BITS
@@ -43,11 +46,15 @@ class RankSelection(FactoredForm):
         check_scheme(self.scheme)
         check_float_format("value_bits", self.value_bits)
         check_weight("alpha", self.alpha)
-        for cost in self._costs:
+        if isinstance(self.cost, str) and self.cost != MACS:
+            raise ValueError(f"cost: {self.cost!r} is unknown; give numbers, or {MACS!r}")
+        for cost in () if isinstance(self.cost, str) else self._costs:
             check_weight("cost", cost)
 
     @property
     def _costs(self) -> tuple[float, float]:
+        if isinstance(self.cost, str):
+            raise ValueError(f"cost: {self.cost!r} depends on the images; give numbers, or put them in with `informed`")
         return self.cost if isinstance(self.cost, tuple) else (self.cost, self.cost)
 
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
@@ -109,6 +116,10 @@ class RankSelection(FactoredForm):
         if rank < min(rows, columns):
             return super()._decode(reader, rank, rows, columns)
         return _dense(jnp.asarray(reader.floats(rows * columns, self.value_bits).reshape(rows, columns)))
+
+    def settle(self, theta: Factors) -> Factors:
+        """See `Compression.settle`; a dense matrix is its product again."""
+        return _dense(rounded(product(theta), self.value_bits)) if self._is_dense(theta) else super().settle(theta)
 
     def terms(self, theta: Factors, shape: MatrixShape) -> tuple[Term, ...] | None:
         """One pair of factors, or None for the dense layer."""

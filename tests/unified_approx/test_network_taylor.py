@@ -15,8 +15,9 @@ from unified_approx.calling import forward
 from unified_approx.learning_compression import Task, TaylorLStep, fast_lc, lc, load_taylor, taylor_of
 from unified_approx.learning_compression.curvature import prepare
 from unified_approx.learning_compression.fast import DAMPING, MU_SCHEDULE
-from unified_approx.learning_compression.tasks import parameters_of, resolve, with_values
+from unified_approx.learning_compression.tasks import resolve
 from unified_approx.learning_compression.taylor import hessian
+from unified_approx.pieces import parameters_of, with_values
 
 EXAMPLES = 7
 

@@ -14,13 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
-from solvers.compressions.base import FLOAT_BITS, Theta
+from solvers.compressions.base import Theta
 from solvers.taylor import Taylor, alternate
 from solvers.taylor_solutions import is_solvable, solve
-from unified_approx.learning_compression.algorithm import LcResult, Step, checked_schedule
 from unified_approx.learning_compression.penalty import Penalty
-from unified_approx.learning_compression.tasks import Piece, Task, Values, parameters_of, resolve, with_values
+from unified_approx.learning_compression.result import LcResult, Step, make_result
+from unified_approx.learning_compression.schedules import checked_schedule
+from unified_approx.learning_compression.tasks import Task, resolve
 from unified_approx.learning_compression.taylor import NetworkTaylor, Part
+from unified_approx.pieces import Piece, Values, parameters_of, with_values
 from unified_approx.work_dir import fingerprint
 
 MU_SCHEDULE = tuple(np.geomspace(1e-2, 1e2, 90).tolist())
@@ -41,6 +43,7 @@ class TaylorLStep:
     def __init__(self, taylor: NetworkTaylor, *, move_free: bool = False):
         """Keep the model."""
         self.taylor, self.move_free = taylor, move_free
+        self.identity = {"taylor": [taylor.fingerprint, dict(taylor.origin)], "move_free": move_free}
         self._sizes = {path: part.w.size for path, part in taylor.parts.items()}
         self._least = min(float(jnp.min(part.h)) for part in taylor.parts.values())
 
@@ -108,10 +111,10 @@ class PieceModel:
         pairs = zip(self.parts, self.piece.paths, strict=True)
         return self.piece.pack({path: _l_step(part, own[path], mu) for part, path in pairs})
 
+    @jax.jit
     def loss(self, theta: Theta) -> Float[Array, ""]:
-        """Of a compressed form, its penalty included."""
-        compression = self.piece.compression
-        return self.value(compression.decompress(theta)) + compression.penalty(theta)
+        """Of a compressed form, without its penalty."""
+        return self.value(self.piece.compression.decompress(theta))
 
     def packed(self, name: str) -> Float[Array, "..."]:
         """A field of diagonal parts as the compression sees it."""
@@ -164,26 +167,18 @@ def fast_lc(
     _check(model, taylor, damping)
     pieces = resolve(tasks, model)
     used = taylor if gradient else taylor.map(lambda part: part.without_gradient())
-    values = dict(parameters_of(model))
+    base = model
     if move_free:
-        values = {path: _minimum(used.parts[path], damping).reshape(value.shape) for path, value in values.items()}
+        shapes = {path: value.shape for path, value in parameters_of(model).items()}
+        moved = {path: _minimum(used.parts[path], damping).reshape(shape) for path, shape in shapes.items()}
+        base = with_values(model, moved)
     models = [_piece_model(piece, used, damping) for piece in pieces]
-    thetas = [_solve(own, mus, exact, augmented) for own in models]
-    loss = taylor.loss
-    for piece, own, theta in zip(pieces, models, thetas, strict=True):
-        values |= piece.decompress(theta)
-        loss += float(own.loss(theta))
-    total = sum(value.size for value in values.values())
+    thetas = tuple(_solve(own, mus, exact, augmented) for own in models)
+    loss = taylor.loss + float(sum(own.loss(theta) for own, theta in zip(models, thetas, strict=True)))
+    info = tuple(piece.compression.info(theta) for piece, theta in zip(pieces, thetas, strict=True))
     seconds = (0.0, time.perf_counter() - clock)
-    return LcResult(
-        model=with_values(model, values),
-        thetas=tuple(thetas),
-        pieces=pieces,
-        history=(Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds),),
-        best=0,
-        original_bits=FLOAT_BITS * total,
-        free_bits=FLOAT_BITS * (total - sum(piece.size for piece in pieces)),
-    )
+    line = Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds, info=info)
+    return make_result(base, pieces, thetas, (line,), 0)
 
 
 def direct_compression(model: nnx.Module, tasks: Sequence[Task]) -> LcResult:

@@ -25,7 +25,7 @@ from solvers.taylor import Taylor
 from unified_approx.calling import Call, forward
 from unified_approx.files import replacing
 from unified_approx.learning_compression import curvature as curvatures
-from unified_approx.learning_compression.tasks import parameters_of, with_values
+from unified_approx.pieces import parameters_of, with_values
 from unified_approx.sites import Path, path_name
 from unified_approx.work_dir import fingerprint
 
