@@ -2,10 +2,11 @@
 
     python experiments/fast_lc.py [--network lenet300] --data DIR --models DIR [--quick]
 
-    direct      pruning by size, k-means: knows nothing of the loss
-    diagonal    fast LC with a diagonal model; pruning and codebooks at once, by their exact solutions
-    kronecker   fast LC with a Kronecker-factored model of every kernel, by alternation
-    lc          the Learning-Compression algorithm with training, from `results/lc_lenet300.json` if it is there
+    direct           pruning by size, k-means: knows nothing of the loss
+    diagonal         fast LC with a diagonal model; pruning and codebooks at once, by their exact solutions
+    diagonal_damped  the same with the mean curvature added to all curvatures
+    kronecker        fast LC with a Kronecker-factored model of every kernel, by alternation
+    lc               the Learning-Compression algorithm with training, from `results/lc_lenet300.json` if it is there
 
 Pruning keeps a share of all weights of kernels together; quantization gives each layer a codebook of its own. Models
 are made from training images; errors are those of the test set. `predicted` is the model's loss, `loss` the true one on
@@ -16,6 +17,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,7 @@ from unified_approx.learning_compression import (
     load_taylor,
     taylor_of,
 )
+from unified_approx.learning_compression.fast import DAMPING
 from unified_approx.pieces import parameters_of
 from unified_approx.results import check, network_row, read_rows, write_results
 
@@ -45,7 +48,28 @@ RESULT = Path(__file__).parent / "results" / "fast_lc.json"
 FULL_LC = Path(__file__).parent / "results" / "lc_lenet300.json"
 FULL_LC_NAMES = {"prune": "prune=0.05", "quantize_all": "quantize=2"}
 WORK = Path(".fast_lc")
-DIAGONAL, KRONECKER = "diagonal", "kronecker"
+DIRECT, DIAGONAL, DAMPED, KRONECKER, LC = "direct", "diagonal", "diagonal_damped", "kronecker", "lc"
+
+
+@dataclass(frozen=True)
+class Approach:
+    """One way to compress without data.
+
+    Attributes:
+        structure: of the quadratic model; None: none.
+        damping: of the model.
+    """
+
+    structure: str | None
+    damping: float = DAMPING
+
+
+APPROACHES = {
+    DIRECT: Approach(None),
+    DIAGONAL: Approach("diagonal"),
+    DAMPED: Approach("diagonal", 1.0),
+    KRONECKER: Approach("kronecker"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +80,8 @@ class Case:
         kernels: pattern of what is compressed.
         prune: shares of the weights that stay.
         quantize: sizes of the codebooks.
-        structures: of the quadratic models.
-        curvature: of these.
+        approaches: names in `APPROACHES`.
+        curvature: of the quadratic models.
         examples: training images that they are made from.
         test: test images; None: all.
     """
@@ -65,24 +89,28 @@ class Case:
     kernels: str
     prune: tuple[float, ...]
     quantize: tuple[int, ...]
-    structures: tuple[str, ...]
+    approaches: tuple[str, ...]
     curvature: str
     examples: int
     test: int | None = None
 
 
+ALL = tuple(APPROACHES)
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02)
 FULL = {
-    "lenet300": Case("fc.", SHARES, (2, 4, 8, 16), (DIAGONAL, KRONECKER), "gauss_newton", 60_000),
-    "resnet20": Case(".*conv.|fc", (0.3,), (4,), (DIAGONAL, KRONECKER), "gauss_newton", 2000),
-    "vgg16": Case("convs/.*|fc", (0.2, 0.1, 0.05), (4, 2), (DIAGONAL,), "monte_carlo", 2000),
+    "lenet300": Case("fc.", SHARES, (2, 4, 8, 16), ALL, "gauss_newton", 60_000),
+    "resnet20": Case(".*conv.|fc", (0.3,), (8,), ALL, "gauss_newton", 2000),
+    "vgg16": Case("convs/.*|fc", (0.2, 0.1, 0.05), (8, 4), ALL[:3], "monte_carlo", 2000),
 }
 QUICK = {
-    "lenet300": Case("fc.", (0.1,), (2,), (DIAGONAL, KRONECKER), "gauss_newton", 2000, 2000),
-    "resnet20": Case(".*conv.|fc", (0.3,), (), (DIAGONAL,), "monte_carlo", 128, 500),
-    "vgg16": Case("convs/.*|fc", (0.1,), (4,), (DIAGONAL,), "fisher", 32, 200),
+    "lenet300": Case("fc.", (0.1,), (2,), ALL, "gauss_newton", 2000, 2000),
+    "resnet20": Case(".*conv.|fc", (0.3,), (), (DIRECT, KRONECKER), "gauss_newton", 128, 500),
+    "vgg16": Case("convs/.*|fc", (0.2,), (8,), (DIRECT, DIAGONAL), "fisher", 32, 200),
 }
 BATCH = {"lenet300": 500, "resnet20": 64, "vgg16": 32}
+SHOWN = ("network", "approach", "budget", "error", "loss", "predicted", "cr", "seconds")
+BETWEEN = {DIRECT: "<=", LC: ">="}  # of errors
+BOUNDS = {DIAGONAL: BETWEEN, DAMPED: BETWEEN, KRONECKER: {**BETWEEN, DIAGONAL: "<="}}
 VGG_SECONDS = {"prune": 1.0, "quantize": 120.0}
 
 
@@ -139,24 +167,36 @@ def tasks_of(case: Case, budget: str) -> list[Task]:
     return [Task(path=case.kernels, compression=PruneL0(float(size)), view="vector", joint=True)]
 
 
-def compress(network: Network, tasks: Sequence[Task], model: NetworkTaylor | None) -> tuple[LcResult, float]:
+def compress(
+    network: Network, tasks: Sequence[Task], model: NetworkTaylor | None, damping: float
+) -> tuple[LcResult, float]:
     """Directly or by a model, and the seconds; a second run's, when everything is compiled."""
-    run = lambda: direct_compression(network.model, tasks) if model is None else fast_lc(network.model, tasks, model)  # noqa: E731
+
+    def run() -> LcResult:
+        if model is None:
+            return direct_compression(network.model, tasks)
+        return fast_lc(network.model, tasks, model, damping=damping)
+
     run()
     clock = time.perf_counter()
     result = run()
     return result, time.perf_counter() - clock
 
 
-def row_of(network: Network, case: Case, budget: str, model: NetworkTaylor | None, **more: Any) -> dict[str, Any]:
+def row_of(
+    network: Network, case: Case, budget: str, approach: str, model: NetworkTaylor | None, **more: Any
+) -> dict[str, Any]:
     """One compressed network, measured."""
-    result, seconds = compress(network, tasks_of(case, budget), model)
+    damping = APPROACHES[approach].damping
+    result, seconds = compress(network, tasks_of(case, budget), model, damping)
     error, reference = network.error(result.model), network.error(network.model)
     own, original = parameters_of(result.model), parameters_of(network.model)
     values = sum(int(jnp.sum(value != 0)) for value in own.values())
     return network_row(
         network=network.name,
         method="direct" if model is None else "fast_lc",
+        approach=approach,
+        damping=None if model is None else damping,
         budget=budget,
         reference_accuracy=100 - reference,
         accuracy=100 - error,
@@ -180,18 +220,14 @@ def measure(name: str, case: Case, data: Path | None, models: Path, work: Path, 
         return json.loads(done.read_text())
     network, rows = load(name, case, data, models, seed), []
     budgets = [f"prune={share:g}" for share in case.prune] + [f"quantize={k}" for k in case.quantize]
-    for structure in (None, *case.structures):
-        made = (None, 0.0) if structure is None else taylor(network, case, structure, work, seed)
-        origin = {"structure": structure, "curvature": case.curvature if structure else None}
+    for approach in case.approaches:
+        structure = APPROACHES[approach].structure
+        model, seconds = (None, 0.0) if structure is None else taylor(network, case, structure, work, seed)
+        origin = {"curvature": None if model is None else case.curvature, "model_seconds": seconds}
         for budget in budgets:
-            make = lambda b=budget, m=made, o=origin: [row_of(network, case, b, m[0], model_seconds=m[1], **o)]  # noqa: E731
-            rows += kept(work, f"{name}-{structure}-{budget}-{seed}", make)
-            print(
-                {
-                    k: rows[-1][k]
-                    for k in ("network", "structure", "budget", "error", "loss", "predicted", "cr", "seconds")
-                }
-            )
+            make = partial(row_of, network, case, budget, approach, model, **origin)
+            rows += kept(work, f"{name}-{approach}-{budget}-{seed}", lambda make=make: [make()])
+            print({field: rows[-1][field] for field in SHOWN})
     return kept(work, f"all-{name}-{seed}", lambda: rows)
 
 
@@ -200,26 +236,21 @@ def full_lc(file: Path) -> Rows:
     if not file.exists():
         return []
     rows = [row for row in read_rows(file) if row.get("name") in FULL_LC_NAMES]
-    return [
-        {**row, "method": "lc", "network": "lenet300", "budget": FULL_LC_NAMES[row["name"]], "structure": "lc"}
-        for row in rows
-    ]
+    own = {"method": "lc", "network": "lenet300", "approach": LC}
+    return [{**row, **own, "budget": FULL_LC_NAMES[row["name"]]} for row in rows]
 
 
 def checks_of(rows: Rows) -> dict[str, Any]:
     """Fast LC lies between direct compression and LC, the Kronecker model pays, and large networks take little time."""
-    errors = {(r["network"], r["budget"], r["structure"]): r["error"] for r in rows}
+    errors = {(r["network"], r["budget"], r["approach"]): r["error"] for r in rows}
     found = {}
-    for (network, budget, structure), error in errors.items():
-        name, direct = f"{network}_{budget}_{structure}", errors.get((network, budget, None))
-        if structure in (DIAGONAL, KRONECKER) and direct is not None:
-            found[f"{name}_against_direct"] = check(error, "<=", direct)
-            if (network, budget, "lc") in errors:
-                found[f"{name}_against_lc"] = check(error, ">=", errors[network, budget, "lc"])
-        if structure == KRONECKER:
-            found[f"{name}_against_diagonal"] = check(error, "<=", errors[network, budget, DIAGONAL])
+    for (network, budget, approach), error in errors.items():
+        for other, relation in BOUNDS.get(approach, {}).items():
+            if (network, budget, other) in errors:
+                target = errors[network, budget, other]
+                found[f"{network}_{budget}_{approach}_against_{other}"] = check(error, relation, target)
     for row in rows:
-        if row["network"] == "vgg16" and row["structure"] == DIAGONAL:
+        if row["network"] == "vgg16" and row["approach"] == DIAGONAL:
             limit = VGG_SECONDS[row["budget"].split("=")[0]]
             found[f"vgg16_{row['budget']}_seconds"] = check(row["seconds"], "<=", limit)
     return found

@@ -8,6 +8,7 @@ solved by turns.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -37,10 +38,13 @@ from solvers.taylor import Taylor
 
 Values = Float[Array, "..."]
 
+_minimum, _saliency = jax.jit(Taylor.minimum), jax.jit(Taylor.saliency)
 
-def _kept(model: Taylor, mask: Bool[np.ndarray, "..."]) -> Values:
+
+@jax.jit
+def _kept(model: Taylor, mask: Bool[np.ndarray | Array, "..."]) -> Values:
     """The chosen weights at the minimum, the others 0; none for which 0 is as good."""
-    return jnp.where(jnp.asarray(mask) & (model.saliency() > 0), model.minimum(), 0)
+    return jnp.where(mask & (_saliency(model) > 0), _minimum(model), 0)
 
 
 def prune(form: PruneL0, model: Taylor) -> Values:
@@ -50,13 +54,13 @@ def prune(form: PruneL0, model: Taylor) -> Values:
         ValueError: kappa above the number of weights.
     """
     kappa = count_of("kappa", form.kappa, model.w.size, "weights")
-    saliency = np.asarray(model.saliency())
+    saliency = np.asarray(_saliency(model))
     return _kept(model, largest(saliency.reshape(-1), kappa).reshape(saliency.shape))
 
 
 def prune_penalty(form: PenaltyL0, model: Taylor) -> Values:
     """The weights whose saliency is above alpha."""
-    return _kept(model, np.asarray(model.saliency() > form.alpha))
+    return _kept(model, np.asarray(_saliency(model) > form.alpha))
 
 
 def prune_groups(form: PruneGroups, model: Taylor) -> Float[Array, "n p"]:
@@ -67,14 +71,14 @@ def prune_groups(form: PruneGroups, model: Taylor) -> Float[Array, "n p"]:
     """
     shape = model.w.shape
     kappa = count_of("kappa", form.kappa, form.grouping.count(shape), form.grouping.name)
-    gains = jnp.sqrt(jnp.maximum(model.saliency(), 0))
+    gains = jnp.sqrt(jnp.maximum(_saliency(model), 0))
     mask = largest(np.asarray(form.grouping.norms(gains)), kappa)
     return _kept(model, np.asarray(form.grouping.expand(jnp.asarray(mask), shape)))
 
 
 def prune_n_of_m(form: PruneNofM, model: Taylor) -> Values:
     """In every block the n weights of largest saliency."""
-    blocks = np.asarray(model.saliency()).reshape(-1, form.m)
+    blocks = np.asarray(_saliency(model)).reshape(-1, form.m)
     order = np.argsort(-blocks, axis=1, kind="stable")[:, : form.n]
     mask = np.zeros(blocks.shape, bool)
     np.put_along_axis(mask, order, True, axis=1)
@@ -95,19 +99,19 @@ def quantize(form: AdaptiveCodebook | OptimalCodebook, model: Taylor) -> Codeboo
     """
     if form.k > model.w.size:
         raise ValueError(f"k: {form.k} values for {model.w.size} weights; give at most that many")
-    points, weights = (np.asarray(a).reshape(-1) for a in (model.minimum(), importance(model)))
+    points, weights = (np.asarray(a).reshape(-1) for a in (_minimum(model), importance(model)))
     centers = jnp.asarray(optimal_centers(points, form.k, weights), model.w.dtype)
-    return Codebook(centers, nearest(model.minimum(), centers))
+    return Codebook(centers, nearest(_minimum(model), centers))
 
 
 def quantize_fixed(form: FixedCodebook, model: Taylor) -> Theta:
     """The value nearest to the minimum, whatever its weight; for {-1, 1} its sign."""
-    return form.compress(model.minimum(), 0.0)
+    return form.compress(_minimum(model), 0.0)
 
 
 def binarize(form: ScaledBinary, model: Taylor) -> Scaled:
     """Signs of the minima; the scale is the weighted mean of their sizes. No other signs can be better at any scale."""
-    points, weights = model.minimum(), importance(model)
+    points, weights = _minimum(model), importance(model)
     scale = jnp.sum(weights * jnp.abs(points)) / jnp.sum(weights)
     return Scaled(scale, jnp.where(points < 0, -1, 1).astype(jnp.int8))
 
@@ -118,7 +122,7 @@ def ternarize(form: ScaledTernary, model: Taylor) -> Scaled:
     So only the j largest |m| have to be tried, j = 1 ... d; with their weights h the best c is sum h|m| / sum h, and
     the model falls by (sum h|m|)^2 / (2 sum h).
     """
-    points, weights = (np.asarray(a, np.float64).reshape(-1) for a in (model.minimum(), importance(model)))
+    points, weights = (np.asarray(a, np.float64).reshape(-1) for a in (_minimum(model), importance(model)))
     size = np.abs(points)
     order = np.argsort(-size, kind="stable")
     mass, pull = np.cumsum(weights[order]), np.cumsum((weights * size)[order])

@@ -6,23 +6,21 @@ one compiled loop for each piece, or at once where the model is diagonal and the
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float
 
 from solvers.compressions.base import Theta
 from solvers.taylor import Taylor, alternate
 from solvers.taylor_solutions import is_solvable, solve
 from unified_approx.learning_compression.penalty import Penalty
+from unified_approx.learning_compression.piece_model import PieceModel, minimum_of, model_of, part_l_step
 from unified_approx.learning_compression.result import LcResult, Step, make_result
 from unified_approx.learning_compression.schedules import checked_schedule
 from unified_approx.learning_compression.tasks import Task, resolve
-from unified_approx.learning_compression.taylor import NetworkTaylor, Part
-from unified_approx.pieces import Piece, Values, parameters_of, with_values
+from unified_approx.learning_compression.taylor import NetworkTaylor
+from unified_approx.pieces import Values, parameters_of, with_values
 from unified_approx.work_dir import fingerprint
 
 MU_SCHEDULE = tuple(np.geomspace(1e-2, 1e2, 90).tolist())
@@ -59,10 +57,10 @@ class TaylorLStep:
                 f"mu_schedule: {float(penalty.mu):g} at step {step + 1}, but the curvature falls to {self._least:g}; "
                 f"give values above {-self._least:g}, or damp the model"
             )
-        values = {path: _free(part, self.move_free) for path, part in self.taylor.parts.items()}
+        values = {path: part.minimum() if self.move_free else part.w for path, part in self.taylor.parts.items()}
         for piece, target in zip(penalty.pieces, penalty.targets, strict=True):
             for path, aim in piece.unpack(target).items():
-                values[path] = _l_step(self.taylor.parts[path], aim, penalty.mu)
+                values[path] = part_l_step(self.taylor.parts[path], aim, penalty.mu)
         return with_values(model, {path: value.reshape(shapes[path]) for path, value in values.items()})
 
     def measure(self, model: nnx.Module) -> float:
@@ -74,57 +72,6 @@ class TaylorLStep:
         if {path: value.size for path, value in values.items()} != self._sizes:
             raise ValueError("taylor: made for a network with other parameters; give `taylor_of` this one")
         return values
-
-
-def _free(part: Part, move: bool) -> Array:
-    return part.minimum() if move else part.w
-
-
-def _l_step(part: Part, target: Array, mu: Float[ArrayLike, ""]) -> Array:
-    return part.l_step(target.reshape(part.w.shape), mu).reshape(target.shape)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PieceModel:
-    """The model of one piece, a `solvers.taylor.Quadratic` of what its compression sees.
-
-    Attributes:
-        parts: of its parameters, in its order, damped.
-        scale: their mean curvature before.
-        piece: static.
-    """
-
-    parts: tuple[Part, ...]
-    scale: Float[Array, ""]
-    piece: Piece = field(metadata={"static": True})
-
-    def value(self, w: Float[Array, "..."]) -> Float[Array, ""]:
-        """See `Quadratic.value`."""
-        own = self.piece.unpack(w)
-        pairs = zip(self.parts, self.piece.paths, strict=True)
-        return sum((part.value(own[path].reshape(part.w.shape)) for part, path in pairs), start=jnp.zeros((), w.dtype))
-
-    def l_step(self, target: Float[Array, "..."], mu: Float[ArrayLike, ""]) -> Float[Array, "..."]:
-        """See `Quadratic.l_step`."""
-        own = self.piece.unpack(target)
-        pairs = zip(self.parts, self.piece.paths, strict=True)
-        return self.piece.pack({path: _l_step(part, own[path], mu) for part, path in pairs})
-
-    @jax.jit
-    def loss(self, theta: Theta) -> Float[Array, ""]:
-        """Of a compressed form, without its penalty."""
-        return self.value(self.piece.compression.decompress(theta))
-
-    def packed(self, name: str) -> Float[Array, "..."]:
-        """A field of diagonal parts as the compression sees it."""
-        shapes = zip(self.parts, self.piece.paths, self.piece.shapes, strict=True)
-        return self.piece.pack({path: getattr(part, name).reshape(shape) for part, path, shape in shapes})
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether there is no other part."""
-        return all(isinstance(part, Taylor) for part in self.parts)
 
 
 def fast_lc(
@@ -166,17 +113,12 @@ def fast_lc(
     mus = checked_schedule(mu_schedule)
     _check(model, taylor, damping)
     pieces = resolve(tasks, model)
-    used = taylor if gradient else taylor.map(lambda part: part.without_gradient())
-    base = model
-    if move_free:
-        shapes = {path: value.shape for path, value in parameters_of(model).items()}
-        moved = {path: _minimum(used.parts[path], damping).reshape(shape) for path, shape in shapes.items()}
-        base = with_values(model, moved)
-    models = [_piece_model(piece, used, damping) for piece in pieces]
+    models = [model_of(piece, taylor, damping, gradient=gradient) for piece in pieces]
     thetas = tuple(_solve(own, mus, exact, augmented) for own in models)
     loss = taylor.loss + float(sum(own.loss(theta) for own, theta in zip(models, thetas, strict=True)))
     info = tuple(piece.compression.info(theta) for piece, theta in zip(pieces, thetas, strict=True))
     seconds = (0.0, time.perf_counter() - clock)
+    base = _moved(model, taylor, damping, gradient) if move_free else model
     line = Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds, info=info)
     return make_result(base, pieces, thetas, (line,), 0)
 
@@ -197,28 +139,15 @@ def direct_compression(model: nnx.Module, tasks: Sequence[Task]) -> LcResult:
 def _solve(own: PieceModel, mus: Sequence[float], exact: bool, augmented: bool) -> Theta:
     compression = own.piece.compression
     if exact and own.is_diagonal and is_solvable(compression):
-        return solve(compression, Taylor(own.packed("w"), own.packed("g"), own.packed("h")))
+        return solve(compression, own.diagonal())
     schedule = jnp.asarray(mus, jnp.float32) * own.scale
-    return alternate(own, own.packed("w"), compression, schedule, augmented=augmented).theta
+    return alternate(own, own.packed(), compression, schedule, augmented=augmented).theta
 
 
-def _scale(parts: Sequence[Part]) -> float:
-    """Mean curvature; without any ||g|| / ||w||; 1 if there is no gradient either."""
-    total = sum(float(jnp.sum(part.curvature())) for part in parts)
-    if total > 0:
-        return total / sum(part.w.size for part in parts)
-    g, w = (np.sqrt(sum(float(jnp.sum(a**2)) for a in each)) for each in zip(*((p.g, p.w) for p in parts), strict=True))
-    return float(g / w) if g > 0 and w > 0 else 1.0
-
-
-def _piece_model(piece: Piece, taylor: NetworkTaylor, damping: float) -> PieceModel:
-    parts = tuple(taylor.parts[path] for path in piece.paths)
-    scale = _scale(parts)
-    return PieceModel(tuple(part.damped(damping * scale) for part in parts), jnp.asarray(scale), piece)
-
-
-def _minimum(part: Part, damping: float) -> Array:
-    return part.damped(damping * _scale([part])).minimum()
+def _moved(model: nnx.Module, taylor: NetworkTaylor, damping: float, gradient: bool) -> nnx.Module:
+    values = {path: minimum_of(part, damping, gradient=gradient) for path, part in taylor.parts.items()}
+    shapes = {path: value.shape for path, value in parameters_of(model).items()}
+    return with_values(model, {path: value.reshape(shapes[path]) for path, value in values.items()})
 
 
 def _check(model: nnx.Module, taylor: NetworkTaylor, damping: float) -> None:

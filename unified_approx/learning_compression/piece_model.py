@@ -1,0 +1,105 @@
+"""The quadratic model of one piece: of what its compression sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from solvers.compressions.base import Theta
+from solvers.taylor import Taylor
+from unified_approx.learning_compression.taylor import NetworkTaylor, Part
+from unified_approx.pieces import Piece
+
+
+def part_l_step(part: Part, target: Float[Array, "..."], mu: Float[ArrayLike, ""]) -> Float[Array, "..."]:
+    """The L step of one parameter, in its own shape."""
+    return part.l_step(target.reshape(part.w.shape), mu).reshape(target.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PieceModel:
+    """A `solvers.taylor.Quadratic`.
+
+    Attributes:
+        parts: of its parameters, in its order, damped.
+        scale: their mean curvature before; without any ||g|| / ||w||; 1 if there is no gradient either.
+        piece: static.
+    """
+
+    parts: tuple[Part, ...]
+    scale: Float[Array, ""]
+    piece: Piece = field(metadata={"static": True})
+
+    def value(self, w: Float[Array, "..."]) -> Float[Array, ""]:
+        """See `Quadratic.value`."""
+        own = self.piece.unpack(w)
+        pairs = zip(self.parts, self.piece.paths, strict=True)
+        return sum((part.value(own[path].reshape(part.w.shape)) for part, path in pairs), start=jnp.zeros((), w.dtype))
+
+    def l_step(self, target: Float[Array, "..."], mu: Float[ArrayLike, ""]) -> Float[Array, "..."]:
+        """See `Quadratic.l_step`."""
+        own = self.piece.unpack(target)
+        pairs = zip(self.parts, self.piece.paths, strict=True)
+        return self.piece.pack({path: part_l_step(part, own[path], mu) for part, path in pairs})
+
+    @jax.jit
+    def loss(self, theta: Theta) -> Float[Array, ""]:
+        """Of a compressed form, without its penalty."""
+        return self.value(self.piece.compression.decompress(theta))
+
+    @jax.jit
+    def packed(self) -> Float[Array, "..."]:
+        """The trained weights as the compression sees them."""
+        return self._pack("w")
+
+    @jax.jit
+    def diagonal(self) -> Taylor:
+        """The model as one, of diagonal parts."""
+        return Taylor(self._pack("w"), self._pack("g"), self._pack("h"))
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether there is no other part."""
+        return all(isinstance(part, Taylor) for part in self.parts)
+
+    def _pack(self, name: str) -> Float[Array, "..."]:
+        shapes = zip(self.parts, self.piece.paths, self.piece.shapes, strict=True)
+        return self.piece.pack({path: getattr(part, name).reshape(shape) for part, path, shape in shapes})
+
+
+def model_of(piece: Piece, taylor: NetworkTaylor, damping: float, *, gradient: bool) -> PieceModel:
+    """The model of a piece.
+
+    Args:
+        piece: of the network that the model was made for.
+        taylor: of the network.
+        damping: added to the curvature, in units of `PieceModel.scale`.
+        gradient: whether to keep the gradient.
+    """
+    parts, scale = _prepared(tuple(taylor.parts[path] for path in piece.paths), damping, gradient)
+    return PieceModel(parts, scale, piece)
+
+
+def minimum_of(part: Part, damping: float, *, gradient: bool) -> Float[Array, "..."]:
+    """Where a parameter by itself is best, damped in the same unit."""
+    return _prepared((part,), damping, gradient)[0][0].minimum()
+
+
+@partial(jax.jit, static_argnums=2)
+def _prepared(
+    parts: tuple[Part, ...], damping: Float[ArrayLike, ""], gradient: bool
+) -> tuple[tuple[Part, ...], Float[Array, ""]]:
+    used = parts if gradient else tuple(part.without_gradient() for part in parts)
+    scale = _scale(used)
+    return tuple(part.damped(damping * scale) for part in used), scale
+
+
+def _scale(parts: Sequence[Part]) -> Float[Array, ""]:
+    curvature = sum(jnp.sum(part.curvature()) for part in parts) / sum(part.w.size for part in parts)
+    g, w = (jnp.sqrt(jnp.asarray(sum(jnp.sum(getattr(part, name) ** 2) for part in parts))) for name in ("g", "w"))
+    slope = jnp.where((g > 0) & (w > 0), g / jnp.where(w > 0, w, 1), 1)
+    return jnp.where(curvature > 0, curvature, slope)
