@@ -6,16 +6,18 @@ one compiled loop for each piece, or at once where the model is diagonal and the
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from solvers.compressions.base import Theta
+from solvers.compressions.base import Compression, Theta
 from solvers.taylor import Taylor, alternate
 from solvers.taylor_solutions import is_solvable, solve
 from unified_approx.learning_compression.penalty import Penalty
-from unified_approx.learning_compression.piece_model import PieceModel, minimum_of, model_of, part_l_step
+from unified_approx.learning_compression.piece_model import PieceModel, minimum_of, part_l_step, quadratic_of
 from unified_approx.learning_compression.result import LcResult, Step, make_result
 from unified_approx.learning_compression.schedules import checked_schedule
 from unified_approx.learning_compression.tasks import Task, resolve
@@ -113,14 +115,16 @@ def fast_lc(
     mus = checked_schedule(mu_schedule)
     _check(model, taylor, damping)
     pieces = resolve(tasks, model)
-    models = [model_of(piece, taylor, damping, gradient=gradient) for piece in pieces]
-    thetas = tuple(_solve(own, mus, exact, augmented) for own in models)
-    loss = taylor.loss + float(sum(own.loss(theta) for own, theta in zip(models, thetas, strict=True)))
+    thetas, loss = [], taylor.loss
+    for piece in pieces:
+        quadratic, unit = quadratic_of(piece, taylor, damping, gradient=gradient)
+        thetas.append(_solve(quadratic, unit, piece.compression, mus, exact, augmented))
+        loss += float(_value(quadratic, piece.compression, thetas[-1]))
     info = tuple(piece.compression.info(theta) for piece, theta in zip(pieces, thetas, strict=True))
     seconds = (0.0, time.perf_counter() - clock)
     base = _moved(model, taylor, damping, gradient) if move_free else model
     line = Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds, info=info)
-    return make_result(base, pieces, thetas, (line,), 0)
+    return make_result(base, pieces, tuple(thetas), (line,), 0)
 
 
 def direct_compression(model: nnx.Module, tasks: Sequence[Task]) -> LcResult:
@@ -136,12 +140,23 @@ def direct_compression(model: nnx.Module, tasks: Sequence[Task]) -> LcResult:
     return fast_lc(model, tasks, same, damping=0.0)
 
 
-def _solve(own: PieceModel, mus: Sequence[float], exact: bool, augmented: bool) -> Theta:
-    compression = own.piece.compression
-    if exact and own.is_diagonal and is_solvable(compression):
-        return solve(compression, own.diagonal())
-    schedule = jnp.asarray(mus, jnp.float32) * own.scale
-    return alternate(own, own.packed(), compression, schedule, augmented=augmented).theta
+def _solve(
+    quadratic: Taylor | PieceModel,
+    unit: Float[Array, ""],
+    compression: Compression,
+    mus: Sequence[float],
+    exact: bool,
+    augmented: bool,
+) -> Theta:
+    if exact and isinstance(quadratic, Taylor) and is_solvable(compression):
+        return solve(compression, quadratic)
+    schedule = jnp.asarray(mus, jnp.float32) * unit
+    return alternate(quadratic, quadratic.w, compression, schedule, augmented=augmented).theta
+
+
+@partial(jax.jit, static_argnums=1)
+def _value(quadratic: Taylor | PieceModel, compression: Compression, theta: Theta) -> Float[Array, ""]:
+    return quadratic.value(compression.decompress(theta))
 
 
 def _moved(model: nnx.Module, taylor: NetworkTaylor, damping: float, gradient: bool) -> nnx.Module:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from solvers.compressions.base import Theta
 from solvers.taylor import Taylor
 from unified_approx.learning_compression.taylor import NetworkTaylor, Part
 from unified_approx.pieces import Piece
@@ -25,13 +24,11 @@ class PieceModel:
     """A `solvers.taylor.Quadratic`.
 
     Attributes:
-        parts: of its parameters, in its order, damped.
-        scale: their mean curvature before; without any ||g|| / ||w||; 1 if there is no gradient either.
+        parts: of its parameters, in its order.
         piece: static.
     """
 
     parts: tuple[Part, ...]
-    scale: Float[Array, ""]
     piece: Piece = field(metadata={"static": True})
 
     def value(self, w: Float[Array, "..."]) -> Float[Array, ""]:
@@ -46,42 +43,38 @@ class PieceModel:
         pairs = zip(self.parts, self.piece.paths, strict=True)
         return self.piece.pack({path: part_l_step(part, own[path], mu) for part, path in pairs})
 
-    @jax.jit
-    def loss(self, theta: Theta) -> Float[Array, ""]:
-        """Of a compressed form, without its penalty."""
-        return self.value(self.piece.compression.decompress(theta))
-
-    @jax.jit
-    def packed(self) -> Float[Array, "..."]:
-        """The trained weights as the compression sees them."""
-        return self._pack("w")
-
-    @jax.jit
-    def diagonal(self) -> Taylor:
-        """The model as one, of diagonal parts."""
-        return Taylor(self._pack("w"), self._pack("g"), self._pack("h"))
-
     @property
-    def is_diagonal(self) -> bool:
-        """Whether there is no other part."""
-        return all(isinstance(part, Taylor) for part in self.parts)
-
-    def _pack(self, name: str) -> Float[Array, "..."]:
-        shapes = zip(self.parts, self.piece.paths, self.piece.shapes, strict=True)
-        return self.piece.pack({path: getattr(part, name).reshape(shape) for part, path, shape in shapes})
+    def w(self) -> Float[Array, "..."]:
+        """The trained weights as the compression sees them."""
+        return _packed(self.piece, self.parts, "w")
 
 
-def model_of(piece: Piece, taylor: NetworkTaylor, damping: float, *, gradient: bool) -> PieceModel:
-    """The model of a piece.
+def _packed(piece: Piece, parts: Sequence[Part], name: str) -> Float[Array, "..."]:
+    shapes = zip(parts, piece.paths, piece.shapes, strict=True)
+    return piece.pack({path: getattr(part, name).reshape(shape) for part, path, shape in shapes})
+
+
+def quadratic_of(
+    piece: Piece, taylor: NetworkTaylor, damping: float, *, gradient: bool
+) -> tuple[Taylor | PieceModel, Float[Array, ""]]:
+    """The model of what a compression sees, and its unit of curvature.
+
+    The unit is the mean curvature; without any ||g|| / ||w||; 1 if there is no gradient either.
 
     Args:
         piece: of the network that the model was made for.
         taylor: of the network.
-        damping: added to the curvature, in units of `PieceModel.scale`.
+        damping: added to the curvature, in this unit.
         gradient: whether to keep the gradient.
+
+    Returns:
+        A `Taylor` if all parts are diagonal.
     """
-    parts, scale = _prepared(tuple(taylor.parts[path] for path in piece.paths), damping, gradient)
-    return PieceModel(parts, scale, piece)
+    parts = tuple(taylor.parts[path] for path in piece.paths)
+    if all(isinstance(part, Taylor) for part in parts):
+        return _diagonal(piece, parts, damping, gradient)
+    used, unit = _prepared(parts, damping, gradient)
+    return PieceModel(used, piece), unit
 
 
 def minimum_of(part: Part, damping: float, *, gradient: bool) -> Float[Array, "..."]:
@@ -89,16 +82,24 @@ def minimum_of(part: Part, damping: float, *, gradient: bool) -> Float[Array, ".
     return _prepared((part,), damping, gradient)[0][0].minimum()
 
 
+@partial(jax.jit, static_argnums=(0, 3))
+def _diagonal(
+    piece: Piece, parts: tuple[Taylor, ...], damping: Float[ArrayLike, ""], gradient: bool
+) -> tuple[Taylor, Float[Array, ""]]:
+    used, unit = _prepared(parts, damping, gradient)
+    return Taylor(*(_packed(piece, used, name) for name in ("w", "g", "h"))), unit
+
+
 @partial(jax.jit, static_argnums=2)
 def _prepared(
     parts: tuple[Part, ...], damping: Float[ArrayLike, ""], gradient: bool
 ) -> tuple[tuple[Part, ...], Float[Array, ""]]:
     used = parts if gradient else tuple(part.without_gradient() for part in parts)
-    scale = _scale(used)
-    return tuple(part.damped(damping * scale) for part in used), scale
+    unit = _unit(used)
+    return tuple(part.damped(damping * unit) for part in used), unit
 
 
-def _scale(parts: Sequence[Part]) -> Float[Array, ""]:
+def _unit(parts: Sequence[Part]) -> Float[Array, ""]:
     curvature = sum(jnp.sum(part.curvature()) for part in parts) / sum(part.w.size for part in parts)
     g, w = (jnp.sqrt(jnp.asarray(sum(jnp.sum(getattr(part, name) ** 2) for part in parts))) for name in ("g", "w"))
     slope = jnp.where((g > 0) & (w > 0), g / jnp.where(w > 0, w, 1), 1)
