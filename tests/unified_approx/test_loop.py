@@ -36,7 +36,9 @@ def run(model, in_one_call, rates=None, penalty=None, learning_rate=0.1):
     x, y = jnp.asarray(rng.normal(size=(20, 6)), jnp.float32), jnp.asarray(rng.integers(0, 3, 20))
     params, moving = jax.tree.map(jnp.copy, (params, moving))
     carry = Carry(params, moving, optimizer.init(params), jax.random.key(0))
-    return loop.steps(Inputs(x, y, None, fixed, penalty), carry, np.zeros((4, 5), np.int32) + np.arange(5, dtype=np.int32), rates)
+    return loop.steps(
+        Inputs(x, y, None, fixed, penalty), carry, np.zeros((4, 5), np.int32) + np.arange(5, dtype=np.int32), rates
+    )
 
 
 def test_one_loop_or_one_call_each():
