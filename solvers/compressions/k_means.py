@@ -24,7 +24,7 @@ class Line(NamedTuple):
     """Values in increasing order.
 
     Attributes:
-        values: in blocks, the last one filled up with zeros.
+        values: in blocks, the last one filled up with its last value.
         size: how many there are.
         high: sums of the first i blocks, i = 0 ...
         low: what these sums lack.
@@ -52,7 +52,7 @@ def _in_order(values: Float[Array, " d"]) -> Float[Array, " d"]:
 def sort_line(target: Float[Array, "..."]) -> Line:
     """The values of an array of any shape."""
     size = target.size
-    values = jnp.pad(_in_order(target.reshape(-1)), (0, -size % _BLOCK)).reshape(-1, _BLOCK)
+    values = jnp.pad(_in_order(target.reshape(-1)), (0, -size % _BLOCK), mode="edge").reshape(-1, _BLOCK)
 
     def add(carry: tuple[Array, Array], block: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         # A rounded sum and its error: Knuth (1969), section 4.2.2.
@@ -69,11 +69,11 @@ def sort_line(target: Float[Array, "..."]) -> Line:
 def _sum(line: Line, start: Int[Array, ""], end: Int[Array, ""]) -> Float[Array, ""]:
     """Of the values start ... end - 1."""
     first, last = start // _BLOCK, end // _BLOCK
-    blocks = jnp.arange(_BLOCK)
+    places = jnp.arange(_BLOCK, dtype=start.dtype)
 
     def part(block: Array) -> Array:
         """Of those in one block."""
-        here = blocks + block * _BLOCK
+        here = places + block * _BLOCK
         row = line.values[jnp.minimum(block, len(line.values) - 1)]
         return jnp.sum(jnp.where((here >= start) & (here < end), row, 0))
 
@@ -84,11 +84,11 @@ def _sum(line: Line, start: Int[Array, ""], end: Int[Array, ""]) -> Float[Array,
 
 def _clusters(line: Line, centers: Float[Array, " k"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     """How many values are nearest to each of increasing centers, and their sums."""
-    flat = line.values.reshape(-1)[: line.size]
-    edges = jnp.searchsorted(flat, (centers[1:] + centers[:-1]) / 2)
+    edges = jnp.searchsorted(line.values.reshape(-1), (centers[1:] + centers[:-1]) / 2)
+    edges = jnp.minimum(edges, line.size)
     ends = jnp.concatenate([jnp.zeros(1, edges.dtype), edges, jnp.full(1, line.size, edges.dtype)])
     sums = jax.vmap(lambda a, b: _sum(line, a, b))(ends[:-1], ends[1:])
-    return (ends[1:] - ends[:-1]).astype(flat.dtype), sums
+    return (ends[1:] - ends[:-1]).astype(centers.dtype), sums
 
 
 def lloyd(line: Line, start: Float[Array, " k"]) -> Float[Array, " k"]:
