@@ -17,13 +17,14 @@ from unified_approx.assemble import Identity, modules
 from unified_approx.calling import Call, forward
 from unified_approx.cost import with_executions
 from unified_approx.layers import Factored
+from unified_approx.loop import Prepare
 from unified_approx.macs import factored_layers
 from unified_approx.norms import fold_batch_norms, insert_batch_norms
 from unified_approx.objectives import OutputMatch
 from unified_approx.pipeline import Result
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
-from unified_approx.training import Epoch, Prepare, Recipe, Trained, train
+from unified_approx.training import Epoch, Recipe, Trained, train
 
 _EXAMPLES = 256  # that the statistics of batch norms start from
 RECIPE = Recipe(learning_rate=0.01)
