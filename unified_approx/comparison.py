@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from unified_approx.sites import path_name
 from unified_approx.storage import save
 
 
+@runtime_checkable
 class Compressed(Protocol):
     """What is compared: `Result`, and what other methods return."""
 

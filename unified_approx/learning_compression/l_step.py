@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -104,13 +104,13 @@ class SgdLStep:
     def __init__(
         self,
         x: Shaped[np.ndarray | Array, "examples ..."],
-        y: Int[np.ndarray | Array, " examples"],
+        y: Int[np.ndarray | Array, " labels"],
         schedule: Schedule = Schedule(),
         *,
         objective: Objective | None = None,
         teacher: nnx.Module | None = None,
         optimizer: MakeOptimizer | None = None,
-        augment: Literal["crop_flip"] | None = None,
+        augment: str | None = None,
         prepare: Prepare = _as_given,
         measured: int | None = None,
         call: Call = forward,
