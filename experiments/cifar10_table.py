@@ -156,7 +156,8 @@ class _Training(NamedTuple):
             validation=(x[:HELD_OUT], y[:HELD_OUT]),
             prepare=self.entry.normalization(None).on_device,
             progress=print,
-            checkpoint_dir=folder / "-".join(
+            checkpoint_dir=folder
+            / "-".join(
                 [f"{self.recipe.epochs}-{self.recipe.learning_rate:g}", *(["folded"] if not self.batch_norms else [])]
             ),
         ).model

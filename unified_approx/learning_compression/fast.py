@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from solvers.compressions.base import Compression, Theta
 from solvers.taylor import Taylor, alternate
