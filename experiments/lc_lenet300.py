@@ -3,8 +3,9 @@
     python experiments/lc_lenet300.py --data DIR --models DIR [--row NAME ...] [--seeds 3] [--quick]
 
 Published errors are from the examples of LC-model-compression, whose recipe this is: 40 values of mu, L steps of 7
-epochs (14 at first) of Nesterov's SGD, learning rate 0.7 x 0.98^step, batches of 256. The network that is judged is the one of
-lowest training loss. `sparse_low_rank` and `low_rank` store the same number of values. A killed run resumes.
+epochs (14 at first) of Nesterov's SGD, learning rate 0.7 x 0.98^step, batches of 256. The network that is judged is
+the one of lowest training loss. `sparse_low_rank` and `low_rank` store the same number of values. A killed run
+resumes.
 """
 
 import json
