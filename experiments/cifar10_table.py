@@ -58,6 +58,7 @@ def main(
     keep: Annotated[list[str] | None, typer.Option(help="Layers that stay as they are.")] = None,
     columns: Annotated[list[str] | None, typer.Option(help="Layers of single columns and all forms.")] = None,
     learning_rate: float = 0.02,
+    batch_norms: Annotated[bool, typer.Option(help="Put folded batch norms back while training.")] = True,
     batch_size: int = 128,
     seed: int = 0,
     data: Annotated[Path | None, typer.Option(envvar="UNIFIED_APPROX_DATA")] = None,
@@ -101,7 +102,7 @@ def main(
     if epochs:
         more["accuracy_without_training"] = evaluate.accuracy(result.model, images.test, images.labels)
         recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
-        train = _Training(entry, images, recipe)
+        train = _Training(entry, images, recipe, batch_norms)
         tuned = train(result.model, work_dir / name, teacher=model)
         result = ua.Result(model=tuned, report=result.report)
         if not skip_original:
@@ -140,6 +141,7 @@ class _Training(NamedTuple):
     entry: zoo.ZooEntry
     images: Images
     recipe: Recipe
+    batch_norms: bool
 
     def __call__(self, network: nnx.Module, folder: Path, teacher: nnx.Module | None = None) -> nnx.Module:
         """The network after its best epoch; resumes from the folder."""
@@ -150,10 +152,14 @@ class _Training(NamedTuple):
             y[HELD_OUT:],
             self.recipe,
             original=teacher,
+            batch_norms=self.batch_norms,
             validation=(x[:HELD_OUT], y[:HELD_OUT]),
             prepare=self.entry.normalization(None).on_device,
             progress=print,
-            checkpoint_dir=folder / f"{self.recipe.epochs}-{self.recipe.learning_rate:g}",
+            checkpoint_dir=folder
+            / "-".join(
+                [f"{self.recipe.epochs}-{self.recipe.learning_rate:g}", *(["folded"] if not self.batch_norms else [])]
+            ),
         ).model
 
 

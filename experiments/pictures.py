@@ -68,3 +68,58 @@ def penalty_maps(
         axes.set_title(title, loc="left")
     figure.savefig(path, dpi=100)
     return path
+
+
+def curves(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Float[np.ndarray, " steps"]]],
+    steps: Sequence[float],
+    *,
+    step_label: str,
+    logarithmic: Sequence[str] = (),
+) -> Path:
+    """Lines over the same steps, panel beside panel.
+
+    Args:
+        path: PNG to write.
+        panels: title -> label of a line -> its values; a line of an empty label is not in the legend.
+        steps: where the values are, on a logarithmic scale.
+        step_label: what the steps are.
+        logarithmic: titles of the panels whose values are on a logarithmic scale too.
+
+    Returns:
+        `path`.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, values in lines.items():
+            axes.plot(steps, values, marker=".", label=label or None)
+        axes.set(xlabel=step_label, xscale="log", yscale="log" if title in logarithmic else "linear")
+        axes.set_title(title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        if any(lines):
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def tiles(path: Path, rows: Mapping[str, Float[np.ndarray, "tiles h w"]]) -> Path:
+    """Small images in rows, all in one colour scale around zero.
+
+    Args:
+        path: PNG to write.
+        rows: title -> images.
+
+    Returns:
+        `path`.
+    """
+    limit = float(np.quantile(np.abs(np.stack(list(rows.values()))), 0.995))
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.1 * count + 0.2, 1.35 * len(rows)), layout="constrained")
+    for line, (title, images) in zip(figure.subplots(len(rows), count, squeeze=False), rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
+            axes.set_axis_off()
+        line[0].set_title(title, loc="left")
+    figure.savefig(path, dpi=100)
+    return path

@@ -15,7 +15,7 @@ class Grouping:
     """A partition of the entries of an (n, p) matrix into groups of equal size, hashable: static under `jax.jit`.
 
     The matrix is seen as (n, p / block, block); a group holds the entries that differ only along `axes` of that view.
-    Use `COLUMNS`, `ROWS`, `ENTRIES` or `channels(c_in)`.
+    Use `COLUMNS`, `ROWS`, `ENTRIES` or `channels(c_in)`; `CHANNELS` stands for the last until the layer is known.
 
     Attributes:
         name: what one group is called in messages.
@@ -66,6 +66,7 @@ class Grouping:
 COLUMNS = Grouping("columns", (0, 1))
 ROWS = Grouping("rows", (1, 2))
 ENTRIES = Grouping("entries", ())
+CHANNELS = Grouping("channels", (0, 1))
 
 
 def channels(c_in: int) -> Grouping:

@@ -1,4 +1,4 @@
-"""The command line: `unified-approx demo | compress | evaluate | info | sweep | plot`.
+"""The command line: `unified-approx demo | compress | lc | evaluate | info | sweep | plot`.
 
 JAX and everything that needs it is imported inside the commands, so that help is there at once.
 """
@@ -22,6 +22,7 @@ from unified_approx.cli_common import (
     errors,
 )
 from unified_approx.cli_compress import compress
+from unified_approx.cli_lc import lc
 from unified_approx.cli_sweep import plot, sweep
 
 if TYPE_CHECKING:
@@ -107,12 +108,14 @@ def info(file: File, debug: Debug = False) -> None:
         screen.print(f"written with {', '.join(f'{k} {v}' for k, v in header.get('versions', {}).items())}")
         report = header["report"]
         if report is not None:
-            met = {True: "met", False: "not met", None: "penalties"}[report["budget_met"]]
+            met = {True: " (met)", False: " (not met)", None: ""}[report["budget_met"]]
             screen.print(
-                f"{report['budget']} ({met}): parameters ÷ {report['params_ratio']:.2f}, bits ÷ {report['cr']:.2f}, "
+                f"{report['budget']}{met}: parameters ÷ {report['params_ratio']:.2f}, bits ÷ {report['cr']:.2f}, "
                 f"multiply-adds ÷ {report['macs_ratio']:.2f}"
             )
         screen.print(_modules_table(header["modules"], report))
+        for coded in header.get("coded", ()):
+            screen.print(f"stored as bits: {coded['name']}")
 
 
 def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> Table:
@@ -134,6 +137,7 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
 
 
 app.command()(compress)
+app.command()(lc)
 app.command()(sweep)
 app.command()(plot)
 

@@ -2,8 +2,9 @@
 
 import tempfile
 from dataclasses import asdict, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,38 @@ from unified_approx.assemble import get
 from unified_approx.cost import BATCH, batch_of, choose_executions, fastest_dense, layer_calls, measure_latency
 from unified_approx.evaluate import accuracy
 from unified_approx.macs import factored_layers
-from unified_approx.pipeline import Result
+from unified_approx.report import Report
 from unified_approx.results import network_row
 from unified_approx.sites import path_name
 from unified_approx.storage import save
 
 
-def with_fastest_executions(result: Result, x: Float32[np.ndarray, "n ..."], rounds: int = 10) -> Result:
+@runtime_checkable
+class Compressed(Protocol):
+    """What is compared: `Result`, and what other methods return."""
+
+    @property
+    def model(self) -> nnx.Module:
+        """The compressed network."""
+        ...
+
+    @property
+    def report(self) -> Report:
+        """Layers and totals."""
+        ...
+
+    def save(self, path: str | PathLike[str]) -> int:
+        """Write one file; returns its size in bytes."""
+        ...
+
+
+Some = TypeVar("Some", bound=Compressed)
+
+
+def with_fastest_executions(result: Some, x: Float32[np.ndarray, "n ..."], rounds: int = 10) -> Some:
     """The same result, each layer in the form that is fastest here on batches of 64."""
     model, _ = choose_executions(result.model, batch_of(x), rounds=rounds)
-    return replace(result, model=model)
+    return replace(cast(Any, result), model=model)
 
 
 def latencies(
@@ -96,7 +119,7 @@ def _structure(module: nnx.Module) -> tuple[Any, ...]:
     return graphdef, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(state))
 
 
-def file_sizes(original: nnx.Module, result: Result, out: Path | None) -> tuple[int, int]:
+def file_sizes(original: nnx.Module, result: Compressed, out: Path | None) -> tuple[int, int]:
     """Bytes of the files of both networks, written in the same format; the compressed one's stays at `out`."""
     with tempfile.TemporaryDirectory() as folder:
         before = save(Path(folder) / "original.safetensors", original)
@@ -107,11 +130,12 @@ def file_sizes(original: nnx.Module, result: Result, out: Path | None) -> tuple[
 def compare(
     network: str,
     original: nnx.Module,
-    result: Result,
+    result: Compressed,
     x_test: Float32[np.ndarray, "n ..."],
     y_test: Int[np.ndarray, " n"],
     *,
     reference_accuracy: float,
+    method: str = "admm",
     out: Path | None = None,
     rounds: int = 20,
     **more: Any,
@@ -126,6 +150,7 @@ def compare(
         y_test: labels.
         reference_accuracy: of the original on these images, in percent: measured before the compression, because that
             is where bad labels show.
+        method: as in `network_row`.
         out: where to save the compressed network; it is saved to measure its size in any case.
         rounds: timed runs of each network.
         **more: further fields of the row.
@@ -136,7 +161,7 @@ def compare(
     report = result.report
     return network_row(
         network=network,
-        method="admm",
+        method=method,
         budget=report.budget,
         reference_accuracy=reference_accuracy,
         accuracy=reached,
@@ -151,12 +176,12 @@ def compare(
     )
 
 
-def layer_rows(result: Result) -> list[dict[str, Any]]:
+def layer_rows(result: Compressed) -> list[dict[str, Any]]:
     """The report's rows, JSON-able."""
     return [asdict(row) for row in result.report.layers]
 
 
-def comparison_table(row: dict[str, Any], result: Result) -> Table:
+def comparison_table(row: dict[str, Any], result: Compressed) -> Table:
     """For a terminal."""
     report = result.report
     table = Table(title=f"{row['network']}, {row['budget']}")

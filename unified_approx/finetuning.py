@@ -15,13 +15,16 @@ from jaxtyping import Array, Int, Shaped
 
 from unified_approx.assemble import Identity, modules
 from unified_approx.calling import Call, forward
+from unified_approx.cost import with_executions
 from unified_approx.layers import Factored
+from unified_approx.loop import Prepare
+from unified_approx.macs import factored_layers
 from unified_approx.norms import fold_batch_norms, insert_batch_norms
 from unified_approx.objectives import OutputMatch
 from unified_approx.pipeline import Result
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
-from unified_approx.training import Epoch, Prepare, Recipe, Trained, train
+from unified_approx.training import Epoch, Recipe, Trained, train
 
 _EXAMPLES = 256  # that the statistics of batch norms start from
 RECIPE = Recipe(learning_rate=0.01)
@@ -72,6 +75,8 @@ def finetune(
         ValueError: as `train`.
     """
     model, norms = _network(result), ()
+    executions = {path: layer.execution for path, layer in factored_layers(model).items()}
+    model = _for_training(model)
     if batch_norms:
         example = prepare(jnp.asarray(x[:_EXAMPLES]))
         model, norms = insert_batch_norms(model, example, call)
@@ -89,9 +94,8 @@ def finetune(
         progress=progress,
         call=call,
     )
-    if not batch_norms:
-        return done
-    return replace(done, model=fold_batch_norms(done.model, norms, example, call))
+    trained = fold_batch_norms(done.model, norms, example, call) if batch_norms else done.model
+    return replace(done, model=with_executions(trained, executions))
 
 
 def match_outputs(
@@ -141,8 +145,8 @@ def match_outputs(
     paths = () if blocks is None else _blocks(blocks, model, original)
     objective = OutputMatch(temperature=recipe.temperature, blocks=paths)
     _check_comparable(objective, model, original, prepare(jnp.asarray(x[:1])), call)
-    return train(
-        model,
+    done = train(
+        _for_training(model),
         x,
         recipe=recipe,
         objective=objective,
@@ -155,6 +159,13 @@ def match_outputs(
         progress=progress,
         call=call,
     )
+    executions = {path: layer.execution for path, layer in factored_layers(model).items()}
+    return replace(done, model=with_executions(done.model, executions))
+
+
+def _for_training(model: nnx.Module) -> nnx.Module:
+    """Its factored layers in the forms that train fastest."""
+    return with_executions(model, {p: layer.execution_for_training() for p, layer in factored_layers(model).items()})
 
 
 def _network(result: Result | nnx.Module) -> nnx.Module:

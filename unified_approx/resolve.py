@@ -25,11 +25,13 @@ class Images:
         x_train: inputs.
         x_test: inputs.
         y_test: labels.
+        y_train: labels.
     """
 
     x_train: Float32[np.ndarray, "train ..."]
     x_test: Float32[np.ndarray, "test ..."]
     y_test: Int[np.ndarray, " test"]
+    y_train: Int[np.ndarray, " train"]
 
 
 def is_factory(network: str) -> bool:
@@ -126,7 +128,7 @@ def load_images(network: str, data: Path | None, dataset: str | None) -> Images:
         )
     found = datasets.load(entry.dataset, data)
     x_train, x_test = (entry.preprocess(x, found) for x in (found.x_train, found.x_test))
-    return Images(x_train, x_test, found.y_test)
+    return Images(x_train, x_test, found.y_test, found.y_train)
 
 
 def _custom(dataset: str | None, data: Path | None) -> Images:
@@ -136,21 +138,24 @@ def _custom(dataset: str | None, data: Path | None) -> Images:
     if dataset in datasets.names():
         found = datasets.load(dataset, data)
         largest = _LARGEST.get(dataset, 255.0)
-        return Images(_scaled(found.x_train, largest), _scaled(found.x_test, largest), found.y_test)
+        train, test = (_scaled(x, largest) for x in (found.x_train, found.x_test))
+        return Images(train, test, found.y_test, found.y_train)
     path = _npz(dataset, data)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except (KeyError, ValueError, OSError, EOFError) as error:
         raise ValueError(f"--dataset: {path} does not hold x_train, y_train, x_test, y_test ({error})") from error
-    x_train, x_test, y_test = arrays["x_train"], arrays["x_test"], arrays["y_test"]
-    if not np.issubdtype(y_test.dtype, np.integer) or y_test.shape != x_test.shape[:1] or not len(y_test):
-        raise ValueError(f"--dataset: y_test is {y_test.dtype} {y_test.shape} in {path}; give one integer per image")
+    x_train, x_test = arrays["x_train"], arrays["x_test"]
+    for name, x in (("y_test", x_test), ("y_train", x_train)):
+        y = arrays[name]
+        if not np.issubdtype(y.dtype, np.integer) or y.shape != x.shape[:1] or not len(y):
+            raise ValueError(f"--dataset: {name} is {y.dtype} {y.shape} in {path}; give one integer per image")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"--dataset: x_train is {x_train.shape}, x_test {x_test.shape} in {path}; shapes must agree")
     if not np.isfinite(x_test).all():
         raise ValueError(f"--dataset: x_test holds NaN or infinite values in {path}; clean the data first")
-    return Images(_scaled(x_train, 255.0), _scaled(x_test, 255.0), y_test)
+    return Images(_scaled(x_train, 255.0), _scaled(x_test, 255.0), arrays["y_test"], arrays["y_train"])
 
 
 def _npz(dataset: str, data: Path | None) -> Path:

@@ -146,7 +146,7 @@ def saved_network_row(
     known = {} if report is None else report
     return network_row(
         network=network,
-        method="none" if report is None else "admm",
+        method="none" if report is None else known.get("method", "admm"),
         budget=known.get("budget", ""),
         reference_accuracy=None,
         accuracy=accuracy,

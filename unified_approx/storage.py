@@ -1,9 +1,9 @@
 """Networks on disk: one safetensors file whose metadata describe everything besides the arrays, no pickle.
 
 The metadata's one entry is a JSON header: format version, the zoo's name and options of the network (or null), every
-replaced or removed module with its paths, the encoding of integer arrays, a report (deflated), extras, versions, and
-a SHA-256 over all of it and all arrays. `load` builds the original network's skeleton without running an initialiser,
-puts the described modules in, checks that every array fits, and fills it.
+replaced or removed module with its paths, the encoding of arrays, parameters that are stored as streams of bits, a
+report (deflated), extras, versions, and a SHA-256 over all of it and all arrays. `load` builds the original network's
+skeleton without running an initialiser, puts the described modules in, checks that every array fits, and fills it.
 """
 
 import base64
@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as FilePath
@@ -29,12 +29,15 @@ from safetensors import numpy as safetensors_numpy
 
 from unified_approx import zoo
 from unified_approx.assemble import Identity, get, homes, modules, put
+from unified_approx.coding import Coded, decode
 from unified_approx.layers import Factored, FactoredConv, FactoredLinear, geometry_of
 from unified_approx.narrow import narrow_norm, removed_features
+from unified_approx.pieces import parameters_of, with_values
 from unified_approx.sites import Path, path_name
 
-FORMAT = 1
+FORMAT = 2  # 1 had no coded parameters
 _KEY = "unified_approx"
+_CODED = "coded"  # first part of the names of streams
 _VERSIONED = ("unified-approx", "jax", "flax", "numpy", "safetensors")
 _FACTORED: dict[str, type[Factored]] = {layer.__name__: layer for layer in (FactoredConv, FactoredLinear)}
 
@@ -56,6 +59,7 @@ def save(
     network: Network | str | None = None,
     report: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    coded: Sequence[Coded] = (),
 ) -> int:
     """Write a network, compressed or not, to one file; returns its size in bytes.
 
@@ -69,6 +73,7 @@ def save(
             default options or attributes of their names.
         report: JSON-able; stored in the header.
         metadata: JSON-able extras, such as what a user must know to prepare inputs; stored in the header.
+        coded: parameters of the network that are stored as streams of bits in place of their values.
 
     Raises:
         ValueError: a report or metadata that JSON cannot say, or two Variables whose paths read the same.
@@ -77,7 +82,7 @@ def save(
     target = FilePath(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {target.parent} does not exist; create it first")
-    data = serialize(model, network=network, report=report, metadata=metadata)
+    data = serialize(model, network=network, report=report, metadata=metadata, coded=coded)
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         partial = FilePath(file.name)
         try:
@@ -98,13 +103,15 @@ def serialize(
     network: Network | str | None = None,
     report: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    coded: Sequence[Coded] = (),
 ) -> bytes:
     """The bytes `save` writes; their number is what a network takes on disk."""
     if isinstance(network, str):
         network = Network(network, {})
     origin = network or _find_in_zoo(model)
-    raw = _tensors(model)
-    tensors, encodings = {}, {}
+    raw = _tensors(_without(model, coded))
+    tensors = {f"{_CODED}.{i}": own.stream for i, own in enumerate(coded)}
+    encodings = {}
     for name, array in raw.items():
         tensors[name], encoding = _encode(array)
         if encoding is not None:
@@ -114,6 +121,7 @@ def serialize(
         "network": None if origin is None else {"name": origin.name, "options": dict(origin.options)},
         "modules": _replaced(model),
         "encodings": encodings,
+        "coded": [own.entry() for own in coded],
         "report": None if report is None else _pack(report),
         "metadata": metadata,
         "versions": _versions(),
@@ -207,8 +215,19 @@ def _tensors(model: nnx.Module) -> Tensors:
     return tensors
 
 
+def _without(model: nnx.Module, coded: Sequence[Coded]) -> nnx.Module:
+    """The network with zeros, which take no room in a file, in place of what is coded."""
+    paths = {path for own in coded for path in own.piece.paths}
+    values = parameters_of(model)
+    return with_values(model, {path: jnp.zeros_like(values[path]) for path in paths}) if paths else model
+
+
 def _encode(array: np.ndarray) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The array as stored, and how: increasing indices as a range, a bitmap or small integers; bfloat16 as its bits."""
+    """The array as stored, and how: increasing indices as a range, a bitmap or small integers; bfloat16 as its bits;
+    zeros as nothing.
+    """
+    if array.dtype == np.float32 and not array.view(np.uint32).any():
+        return np.zeros(0, np.uint8), {"form": "zeros", "shape": list(array.shape)}
     if array.dtype == jnp.bfloat16:
         return array.view(np.uint16), {"form": "bfloat16"}
     if array.dtype != np.int32 or array.ndim != 1 or (array < 0).any():
@@ -227,6 +246,8 @@ def _decode(array: np.ndarray, encoding: Mapping[str, Any] | None) -> np.ndarray
     form = None if encoding is None else encoding["form"]
     if form is None:
         return array
+    if form == "zeros":
+        return np.zeros(cast(Mapping[str, Any], encoding)["shape"], np.float32)
     if form == "bfloat16":
         return array.view(jnp.bfloat16)
     if form == "range":
@@ -328,6 +349,7 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Mo
     digest = header.pop("sha256")
     if _checksum(header, tensors) != digest:
         raise ValueError(f"path: {path} is corrupted (its checksum does not match); get a fresh copy")
+    streams = [tensors.pop(f"{_CODED}.{i}") for i in range(len(header.get("coded", ())))]
     arrays = {name: _decode(array, header["encodings"].get(name)) for name, array in tensors.items()}
     model = _skeleton(path, header, like)
     kept = []
@@ -340,7 +362,10 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Mo
             _check_home(model, home, new)
             model = put(model, home, new)
     _fill(model, arrays, kept)
-    return model
+    values = {}
+    for entry, stream in zip(header.get("coded", ()), streams, strict=True):
+        values |= decode(entry, stream)
+    return with_values(model, values) if values else model
 
 
 def _skeleton(path: str | os.PathLike[str], header: Mapping[str, Any], like: nnx.Module | None) -> nnx.Module:

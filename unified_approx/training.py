@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -12,16 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from unified_approx.calling import Call, forward
 from unified_approx.checkpoints import Checkpoints
 from unified_approx.evaluate import accuracy
+from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
 from unified_approx.objectives import CrossEntropy, Objective
-from unified_approx.tiny import as_products
 
-Prepare = Callable[[Array], Array]
-_Data = tuple[Array, Array | None]
 _STEPS_PER_CALL = 50  # between two looks at the clock; nothing leaves the device in between
 
 
@@ -118,62 +115,6 @@ class Trained:
     best: int
 
 
-def augment_crop_flip(images: Shaped[Array, "batch h w c"], key: PRNGKeyArray) -> Shaped[Array, "batch h w c"]:
-    """Pad by 4 (zeros), crop back at random, mirror half of the images."""
-    size, height, width, _ = images.shape
-    crop, flip = jax.random.split(key)
-    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corner = jax.random.randint(crop, (size, 2), 0, 9)
-    cut = jax.vmap(
-        lambda image, at: jax.lax.dynamic_slice_in_dim(
-            jax.lax.dynamic_slice_in_dim(image, at[0], height, 0), at[1], width, 1
-        )
-    )(padded, corner)
-    mirrored = jax.random.bernoulli(flip, 0.5, (size, 1, 1, 1))
-    return jnp.where(mirrored, cut[:, :, ::-1], cut)
-
-
-@dataclass(frozen=True)
-class _Loop:
-    """Everything static of a training run, hashable for jit."""
-
-    graphdef: Any
-    teacher: Any
-    objective: Objective
-    augment: bool
-    transform: Any
-    prepare: Prepare
-    call: Call
-
-    def loss(self, params: Any, rest: Any, fixed: Any, taught: Any, x: Array, labels: Array | None) -> tuple:
-        """The objective on one batch, and the running statistics after it."""
-        # Copies: a running statistic cannot be updated from inside the trace of the gradient otherwise.
-        model, see = nnx.merge(self.graphdef, params, rest, fixed, copy=True), self.objective.observe
-        answers = None if self.teacher is None else see(self.call, nnx.merge(self.teacher, taught), x)
-        value = self.objective.loss(see(self.call, model, x), answers, labels)
-        return value, nnx.split(model, nnx.Param, nnx.BatchStat, ...)[2]
-
-    def step(self, data: _Data, taught: Any, fixed: Any, carry: tuple, index: Array) -> tuple:
-        params, rest, state, key = carry
-        key, own = jax.random.split(key)
-        x = augment_crop_flip(data[0][index], own) if self.augment else data[0][index]
-        labels = None if data[1] is None else data[1][index]
-        gradient_of = jax.value_and_grad(as_products(self.loss), has_aux=True)
-        (value, rest), gradient = gradient_of(params, rest, fixed, taught, self.prepare(x), labels)
-        change, state = self.transform.update(gradient, state, params)
-        return (optax.apply_updates(params, change), rest, state, key), value
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=4)
-    def steps(self, data: _Data, taught: Any, fixed: Any, carry: tuple, order: Array) -> tuple:
-        """Several steps: order is (steps, batch) indices of examples."""
-        return jax.lax.scan(partial(self.step, data, taught, fixed), carry, order)
-
-    @partial(jax.jit, static_argnums=0)
-    def judge(self, x: Array, taught: Any, fixed: Any, params: Any, rest: Any) -> Float[Array, ""]:
-        """The objective on a batch that is not trained on."""
-        return as_products(self.loss)(params, rest, fixed, taught, self.prepare(x), None)[0]
-
-
 def train(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
@@ -217,18 +158,19 @@ def train(
     _check(x, y, objective, teacher, validation, patience)
     own = nnx.clone(model)
     own.train() if objective.training_mode else own.eval()
-    graphdef, params, rest, fixed = nnx.split(own, nnx.Param, nnx.BatchStat, ...)
+    graphdef, params, moving, fixed = nnx.split(own, nnx.Param, MOVING, ...)
     batch = min(recipe.batch_size, len(x))
     per_epoch = len(x) // batch
     transform = optimizer or recipe.optimizer(recipe.epochs * per_epoch)
     taught_def, taught = (None, None) if teacher is None else nnx.split(_evaluating(teacher))
-    loop = _Loop(graphdef, taught_def, objective, recipe.augment is not None, transform, prepare, call)
+    augment, in_one_call = recipe.augment is not None, runs_in_loops(own)
+    loop = Loop(graphdef, taught_def, objective, augment, transform, prepare, call, in_one_call)
     # A step donates what it is given, and a clone shares its arrays with the model.
-    params, rest = jax.tree.map(jnp.copy, (params, rest))
-    carry = (params, rest, transform.init(params), jax.random.key(recipe.seed))
-    data = (jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None)
+    params, moving = jax.tree.map(jnp.copy, (params, moving))
+    carry = Carry(params, moving, transform.init(params), jax.random.key(recipe.seed))
+    inputs = Inputs(jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None, taught, fixed)
     history: list[Epoch] = []
-    best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, rest)))
+    best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, moving)))
     store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _identity(model, recipe, objective, len(x)))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]
@@ -238,12 +180,12 @@ def train(
         order = np.random.default_rng((recipe.seed, number)).permutation(len(x))[: per_epoch * batch]
         losses = []
         for part in np.array_split(order.reshape(per_epoch, batch), max(1, per_epoch // _STEPS_PER_CALL)):
-            carry, values = loop.steps(data, taught, fixed, carry, jnp.asarray(part))
+            carry, values = loop.steps(inputs, carry, part)
             losses.append(values)
         loss = float(jnp.mean(jnp.concatenate(losses)))
         scores: dict[str, Any] = {"accuracy": None}
         if validation is not None:
-            scores |= _validate(loop, carry, fixed, taught, validation, batch)
+            scores |= _validate(loop, carry, inputs, validation, batch)
         history.append(Epoch(epoch=number, loss=loss, seconds=time.perf_counter() - start, **scores))
         if _best_epoch(history) == number:
             best = (number, jax.tree.map(jnp.copy, carry[:2]))
@@ -294,13 +236,12 @@ def _is_over(history: list[Epoch], patience: int | None) -> bool:
     return patience is not None and bool(history) and len(history) - _best_epoch(history) >= patience
 
 
-def _validate(loop: _Loop, carry: tuple, fixed: PyTree, taught: Any, validation: Any, batch: int) -> dict[str, float]:
+def _validate(loop: Loop, carry: Carry, inputs: Inputs, validation: Any, batch: int) -> dict[str, float]:
     """Accuracy on (x, y), or the objective on x, where it needs no labels."""
-    params, rest = carry[:2]
     if loop.objective.needs_labels:
-        model = nnx.merge(loop.graphdef, *jax.tree.map(jnp.copy, (params, rest)), fixed)
+        model = nnx.merge(loop.graphdef, *jax.tree.map(jnp.copy, carry[:2]), inputs.fixed)
         x, y = validation
         return {"accuracy": accuracy(model, np.asarray(loop.prepare(jnp.asarray(x))), y, call=loop.call)}
     parts = [validation[i : i + batch] for i in range(0, len(validation), batch)]
-    total = sum(len(x) * float(loop.judge(jnp.asarray(x), taught, fixed, params, rest)) for x in parts)
+    total = sum(len(x) * float(loop.judge(inputs, *carry[:2], jnp.asarray(x))) for x in parts)
     return {"validation_loss": total / len(validation)}

@@ -2,19 +2,21 @@
 
 from solvers.compressions.additive import Additive
 from solvers.compressions.base import Compression
-from solvers.compressions.low_rank import Factors, LowRank, RankSelection, Reshaping
-from solvers.compressions.pruning import PenaltyL0, PenaltyL1, PruneGroups, PruneL0, PruneL1, PruneNofM
+from solvers.compressions.each import Each
+from solvers.compressions.fixed_codebook import FixedCodebook, binary, fixed_point, powers_of_two
+from solvers.compressions.groups import PenaltyGroups, PruneGroups, PruneNofM
+from solvers.compressions.half import Half
+from solvers.compressions.low_rank import Factors, LowRank, PenaltyNuclear
+from solvers.compressions.one_of import OneOf
+from solvers.compressions.pruning import PenaltyL0, PenaltyL1, PruneL0, PruneL1, PruneQuantize
 from solvers.compressions.quantization import (
     AdaptiveCodebook,
     Codebook,
-    FixedCodebook,
     OptimalCodebook,
     ScaledBinary,
     ScaledTernary,
-    binary,
-    fixed_point,
-    powers_of_two,
 )
+from solvers.compressions.rank_selection import RankSelection
 from solvers.compressions.tensor import Cp, Tucker2
 
 __all__ = [
@@ -23,18 +25,23 @@ __all__ = [
     "Codebook",
     "Compression",
     "Cp",
+    "Each",
     "Factors",
     "FixedCodebook",
+    "Half",
     "LowRank",
+    "OneOf",
     "OptimalCodebook",
+    "PenaltyGroups",
     "PenaltyL0",
     "PenaltyL1",
+    "PenaltyNuclear",
     "PruneGroups",
     "PruneL0",
     "PruneL1",
     "PruneNofM",
+    "PruneQuantize",
     "RankSelection",
-    "Reshaping",
     "ScaledBinary",
     "ScaledTernary",
     "Tucker2",

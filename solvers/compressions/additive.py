@@ -1,16 +1,22 @@
 """Sums of compressed forms, each of which takes what the others leave."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, UInt8
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float
 
-from solvers.compressions.base import Compression, Theta
+from solvers.compressions.base import Compression, Theta, is_smaller, objective
+from solvers.compressions.bits import Bits, Reader
+from solvers.terms import MatrixShape, Term
+
+_RTOL = 1e-6  # a round that lowers the objective by less is the last
 
 
 @dataclass(frozen=True)
-class Additive:
+class Additive(Compression):
     """sum_i Delta_i(theta_i), by turns: each part is the best for the target less the others.
 
     Idelbayev & Carreira-Perpinan, More general and effective model compression via an additive combination of
@@ -18,9 +24,10 @@ class Additive:
 
     Attributes:
         parts: in the order of the turns, at least two.
-        rounds: turns of all parts.
+        rounds: most turns of all parts.
     """
 
+    word: ClassVar = "sum"
     parts: tuple[Compression, ...]
     rounds: int = 10
 
@@ -30,20 +37,40 @@ class Additive:
         if self.rounds < 1:
             raise ValueError(f"rounds: {self.rounds}; give at least 1")
 
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`."""
+        return replace(self, parts=tuple(part.bind(target, layers) for part in self.parts))
+
     def compress(
         self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: tuple[Theta, ...] | None = None
     ) -> tuple[Theta, ...]:
         """See `Compression.compress`; without a start every part begins at zero."""
-        thetas: list[Theta] = list(start or [None] * len(self.parts))
+        first = self._round(target, mu, start)
+
+        def goes_on(state: tuple) -> Array:
+            _, value, before, rounds = state
+            return (rounds < self.rounds) & (value < before * (1 - _RTOL))
+
+        def body(state: tuple) -> tuple:
+            thetas, value, _, rounds = state
+            new = self._round(target, mu, thetas)
+            return new, objective(self, new, target, mu), value, rounds + 1
+
+        value = objective(self, first, target, mu)
+        state = first, value, jnp.full_like(value, jnp.inf), jnp.ones((), jnp.int32)
+        return lax.while_loop(goes_on, body, state)[0]
+
+    def _round(self, target: Array, mu: Float[ArrayLike, ""], start: tuple[Theta, ...] | None) -> tuple[Theta, ...]:
+        """One turn of all parts."""
+        thetas: list[Theta] = [None] * len(self.parts) if start is None else list(start)
         values = [
             jnp.zeros_like(target) if theta is None else part.decompress(theta)
             for part, theta in zip(self.parts, thetas, strict=True)
         ]
-        for _ in range(self.rounds):
-            for i, part in enumerate(self.parts):
-                rest = target - sum((v for j, v in enumerate(values) if j != i), start=jnp.zeros_like(target))
-                thetas[i] = part.compress(rest, mu, thetas[i])
-                values[i] = part.decompress(thetas[i])
+        for i, part in enumerate(self.parts):
+            others = sum((v for j, v in enumerate(values) if j != i), start=jnp.zeros_like(target))
+            thetas[i] = part.compress(target - others, mu, thetas[i])
+            values[i] = part.decompress(thetas[i])
         return tuple(thetas)
 
     def decompress(self, theta: tuple[Theta, ...]) -> Float[Array, "..."]:
@@ -60,6 +87,25 @@ class Additive:
         """Of all parts."""
         return sum(part.bits(own) for part, own in zip(self.parts, theta, strict=True))
 
-    def encode(self, theta: tuple[Theta, ...]) -> UInt8[np.ndarray, " bits"]:
+    def encode(self, theta: tuple[Theta, ...]) -> Bits:
         """One part after the other."""
         return np.concatenate([part.encode(own) for part, own in zip(self.parts, theta, strict=True)])
+
+    def decode(self, reader: Reader, shape: tuple[int, ...]) -> tuple[Theta, ...]:
+        """See `Compression.decode`."""
+        return tuple(part.decode(reader, shape) for part in self.parts)
+
+    def terms(self, theta: tuple[Theta, ...], shape: MatrixShape) -> tuple[Term, ...] | None:
+        """Those of all parts, if all have some and they are fewer values than the dense matrix."""
+        each = [part.terms(own, shape) for part, own in zip(self.parts, theta, strict=True)]
+        found = [own for own in each if own is not None]
+        terms = tuple(term for own in found for term in own)
+        return terms if len(found) == len(each) and is_smaller(terms, shape) else None
+
+    def settle(self, theta: tuple[Theta, ...]) -> tuple[Theta, ...]:
+        """See `Compression.settle`."""
+        return tuple(part.settle(own) for part, own in zip(self.parts, theta, strict=True))
+
+    def info(self, theta: tuple[Theta, ...]) -> dict[str, Any]:
+        """Of all parts."""
+        return {"parts": [part.info(own) for part, own in zip(self.parts, theta, strict=True)]}

@@ -1,81 +1,101 @@
 """What a C step is: the best compressed form of given weights, which knows nothing of the loss."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, UInt8
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from solvers.compressions.bits import FLOAT_BITS, Bits, Reader
+from solvers.terms import MatrixShape, Term
 
 Theta = Any
 """The parameters of a compressed form: a pytree of arrays."""
 
-FLOAT_BITS = 32
+__all__ = ["FLOAT_BITS", "Compression", "Theta", "objective"]
 
 
-@runtime_checkable
-class Compression(Protocol):
-    """A frozen, hashable dataclass: static under jit.
+class Compression(ABC):
+    """A frozen, hashable dataclass: static under jit. A new one inherits from this class.
 
     `compress` minimises penalty(theta) + mu/2 ||target - decompress(theta)||^2; forms without a penalty do not look at
     mu. Carreira-Perpinan, Model compression as constrained optimization, with application to neural nets (2017), eq. 5.
+
+    The structure, shapes and dtypes of theta depend on those of the target alone.
+
+    Attributes:
+        word: what the form is called on the command line; None: nothing.
     """
 
-    def compress(self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: Theta | None = None) -> Theta:
-        """The C step. `start` is an earlier theta for targets of the same shape, where the minimiser is a local one."""
-        ...
+    word: ClassVar[str | None] = None
 
+    @abstractmethod
+    def compress(self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: Theta | None = None) -> Theta:
+        """The C step, which can be traced. `start` is an earlier theta for targets of the same shape, from where a
+        minimiser that is a local one is looked for.
+        """
+
+    @abstractmethod
     def decompress(self, theta: Theta) -> Float[Array, "..."]:
         """The weights, shaped as the target was."""
-        ...
+
+    @abstractmethod
+    def bits(self, theta: Theta) -> int:
+        """Bits that `encode` needs, by formula."""
+
+    @abstractmethod
+    def encode(self, theta: Theta) -> Bits:
+        """Theta as a stream of bits: what `bits` counts, no more."""
+
+    @abstractmethod
+    def decode(self, reader: Reader, shape: tuple[int, ...]) -> Theta:
+        """The theta of a target of that shape, in float32, from what `encode` wrote; reads that and no more."""
 
     def penalty(self, theta: Theta) -> Float[Array, ""]:
         """What the form itself costs in the objective; 0 for a constraint."""
-        ...
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(theta) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return jnp.zeros((), dtypes[0] if dtypes else jnp.float32)
 
-    def bits(self, theta: Theta) -> int:
-        """Bits that `encode` needs, by formula."""
-        ...
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> "Compression":
+        """The form for weights like these, with what it must know of their layers.
 
-    def encode(self, theta: Theta) -> UInt8[np.ndarray, " bits"]:
-        """Theta as a stream of bits, one to an entry: what `bits` counts, no more."""
-        ...
+        Args:
+            target: the weights before the first step: the (n, p) matrix of a layer, or a vector of several.
+            layers: what the target is made of, in order.
 
+        Raises:
+            ValueError: a size that is out of range for these weights.
+        """
+        jax.eval_shape(self.compress, target, 0.0)
+        return self
 
-def width_of(count: int) -> int:
-    """Bits that tell `count` symbols apart."""
-    return max(0, int(count - 1).bit_length())
+    def terms(self, theta: Theta, shape: MatrixShape) -> tuple[Term, ...] | None:
+        """Theta as pieces of a layer that is smaller than the dense one; None where there is no such layer."""
+        return None
 
+    def settle(self, theta: Theta) -> Theta:
+        """Theta as it can be stored, after training has moved its values: rounded to fewer bits, where it is so."""
+        return theta
 
-def write_bits(values: Sequence[int] | np.ndarray, width: int) -> UInt8[np.ndarray, " bits"]:
-    """Unsigned integers of equal width, most significant bit first."""
-    numbers = np.asarray(values, np.uint64).reshape(-1, 1)
-    shifts = np.arange(width, dtype=np.uint64)[::-1]
-    return ((numbers >> shifts) & np.uint64(1)).astype(np.uint8).reshape(-1)
-
-
-def write_floats(values: ArrayLike, bits: int = FLOAT_BITS) -> UInt8[np.ndarray, " bits"]:
-    """Floating-point values of 32 or 16 bits."""
-    kinds = {32: (np.float32, np.uint32), 16: (np.float16, np.uint16)}
-    real, whole = kinds[bits]
-    return write_bits(np.asarray(values).astype(real).reshape(-1).view(whole), bits)
-
-
-def gap_symbols(kept: np.ndarray, width: int) -> np.ndarray:
-    """Distances between kept positions as symbols of `width` bits; the largest symbol says: so many, and go on.
-
-    Han et al., Deep Compression (2016), section 2.
-    """
-    escape = 2**width - 1
-    gaps = np.diff(np.flatnonzero(kept), prepend=-1) - 1
-    escapes = gaps // escape
-    symbols = np.full(int(np.sum(escapes + 1)), escape, np.int64)
-    symbols[np.cumsum(escapes + 1) - 1] = gaps - escapes * escape
-    return symbols
+    def info(self, theta: Theta) -> dict[str, Any]:
+        """What a history should tell of theta, in JSON's types."""
+        return {}
 
 
-def gap_width(kept: np.ndarray) -> tuple[int, int]:
-    """(Width of the gap symbols with the fewest bits, those bits)."""
-    gaps = np.diff(np.flatnonzero(kept), prepend=-1) - 1
-    sizes = {width: width * int(np.sum(gaps // (2**width - 1) + 1)) for width in range(2, 33)}
-    best = min(sizes, key=lambda width: sizes[width])
-    return best, sizes[best]
+def objective(
+    compression: Compression, theta: Theta, target: Float[Array, "..."], mu: Float[ArrayLike, ""]
+) -> Float[Array, ""]:
+    """penalty(theta) + mu/2 ||target - decompress(theta)||^2: what a C step minimises."""
+    gap = target - compression.decompress(theta)
+    return compression.penalty(theta) + jnp.asarray(mu, gap.dtype) / 2 * jnp.sum(gap * gap)
+
+
+def is_smaller(terms: tuple[Term, ...], shape: MatrixShape) -> bool:
+    """Whether the terms hold fewer values than the dense matrix."""
+    return sum(term.num_params for term in terms) < shape.n * shape.p
+
+
+def rounded(values: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
+    """The values as they are when stored in that many bits."""
+    return values.astype(jnp.float16).astype(values.dtype) if bits == 16 else values

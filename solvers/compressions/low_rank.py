@@ -1,15 +1,19 @@
-"""Low rank: of given rank, or of the rank that pays best."""
+"""Low rank: of given rank, of the rank that pays best, or by the nuclear norm."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int
 
-from solvers.compressions.base import FLOAT_BITS, write_floats
-
-SCHEMES = ("rows", "spatial")
+from solvers import terms as stored
+from solvers.compressions.base import FLOAT_BITS, Compression, is_smaller, rounded
+from solvers.compressions.bits import Bits, Reader, width_of, write_bits, write_floats
+from solvers.compressions.checks import check_float_format, check_weight
+from solvers.compressions.reshaping import Reshaping, check_scheme
+from solvers.terms import MatrixShape, Term
 
 
 class Factors(NamedTuple):
@@ -26,150 +30,181 @@ class Factors(NamedTuple):
     rank: Int[Array, ""]
 
 
-@dataclass(frozen=True)
-class Reshaping:
-    """Which matrix a layer is taken for.
+class FactoredForm(Compression):
+    """Theta is `Factors` of the matrix in the shape of its scheme."""
 
-    Attributes:
-        scheme: "rows": (n, kh kw c), a kh x kw convolution to r channels, then 1 x 1. "spatial": (n kh, kw c), a 1 x kw
-            convolution to r channels, then kh x 1.
-        window: (kh, kw), which "spatial" needs.
-    """
-
-    scheme: str = "rows"
-    window: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme: {self.scheme!r} is unknown; choose {' or '.join(SCHEMES)}")
-        if self.scheme == "spatial" and len(self.window) != 2:
-            raise ValueError(f"window: {self.window}; scheme='spatial' needs the (kh, kw) of a convolution")
+    scheme: str
+    window: tuple[int, ...]
+    value_bits: int
 
     @property
-    def _rows(self) -> int:
-        return self.window[0] if self.scheme == "spatial" else 1
+    def reshaping(self) -> Reshaping:
+        """Of the layer's matrix."""
+        return Reshaping(self.scheme, self.window)
 
-    def apply(self, w: Float[Array, "n p"]) -> Float[Array, "rows columns"]:
-        """The (n, p) matrix of the layer in the other shape."""
-        n, p = w.shape
-        if p % self._rows:
-            raise ValueError(f"window: {self.window} does not fit {p} columns")
-        return w.reshape(n * self._rows, p // self._rows)
-
-    def undo(self, w: Float[Array, "rows columns"]) -> Float[Array, "n p"]:
-        """Back."""
-        rows, columns = w.shape
-        return w.reshape(rows // self._rows, columns * self._rows)
-
-
-def _svd(w: Float[Array, "rows columns"]) -> tuple[Array, Array, Array]:
-    """(u, s, v) from the eigenvectors of the smaller Gram matrix would lose half of the digits: a true SVD."""
-    return jnp.linalg.svd(w, full_matrices=False)
-
-
-class _Factored:
-    value_bits: int
-    reshaping: Reshaping
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`."""
+        if target.ndim != 2 or len(layers) != 1:
+            raise ValueError(
+                f"low rank needs one matrix, not a vector of {len(layers)} layers; give view='matrix', or Each"
+            )
+        bound = replace(self, window=layers[0].window)  # pyright: ignore[reportArgumentType]
+        return Compression.bind(bound, target, layers)
 
     def decompress(self, theta: Factors) -> Float[Array, "n p"]:
         """U v in the layer's shape."""
-        return self.reshaping.undo(theta.u @ theta.v)
+        return self.reshaping.undo(product(theta))
+
+    def _rank_width(self, theta: Factors) -> int:
+        """Bits that say how large the rank is."""
+        return width_of(min(theta.u.shape[0], theta.v.shape[1]) + 1)
 
     def bits(self, theta: Factors) -> int:
-        """Values of both factors."""
-        return self.value_bits * int(theta.rank) * (theta.u.shape[0] + theta.v.shape[1])
+        """The rank, and the values of both factors."""
+        return self._rank_width(theta) + self.value_bits * int(theta.rank) * (theta.u.shape[0] + theta.v.shape[1])
 
-    def encode(self, theta: Factors) -> UInt8[np.ndarray, " bits"]:
-        """U, then v."""
+    def encode(self, theta: Factors) -> Bits:
+        """The rank, u, v."""
         r = int(theta.rank)
         parts = (np.asarray(theta.u)[:, :r], np.asarray(theta.v)[:r])
-        return np.concatenate([write_floats(part, self.value_bits) for part in parts])
+        streams = [write_floats(part, self.value_bits) for part in parts]
+        return np.concatenate([write_bits([r], self._rank_width(theta)), *streams])
 
-    def _factors(self, w: Float[Array, "rows columns"], rank: Int[ArrayLike, ""], largest: int) -> Factors:
-        u, s, v = _svd(w)
-        used = jnp.arange(largest) < rank
-        root = jnp.where(used, jnp.sqrt(s[:largest]), 0)
-        factors = (u[:, :largest] * root[None, :], root[:, None] * v[:largest])
-        if self.value_bits == 16:
-            factors = tuple(f.astype(jnp.float16).astype(w.dtype) for f in factors)
-        return Factors(*factors, jnp.asarray(rank, jnp.int32))
+    def decode(self, reader: Reader, shape: tuple[int, ...]) -> Factors:
+        """See `Compression.decode`."""
+        rows, columns = self.reshaping.shape(shape)
+        rank = int(reader.integers(1, width_of(min(rows, columns) + 1))[0])
+        return self._decode(reader, rank, rows, columns)
+
+    def _decode(self, reader: Reader, rank: int, rows: int, columns: int) -> Factors:
+        largest = self._largest(rows, columns)
+        u, v = np.zeros((rows, largest), np.float32), np.zeros((largest, columns), np.float32)
+        u[:, :rank] = reader.floats(rows * rank, self.value_bits).reshape(rows, rank)
+        v[:rank] = reader.floats(columns * rank, self.value_bits).reshape(rank, columns)
+        return Factors(jnp.asarray(u), jnp.asarray(v), jnp.asarray(rank, jnp.int32))
+
+    def _largest(self, rows: int, columns: int) -> int:
+        """The rank that theta has room for."""
+        return min(rows, columns)
+
+    def terms(self, theta: Factors, shape: MatrixShape) -> tuple[Term, ...] | None:
+        """One pair of factors."""
+        r = int(theta.rank)
+        u, v = np.asarray(theta.u, np.float32)[:, :r], np.asarray(theta.v, np.float32)[:r]
+        if self.reshaping.is_spatial:
+            term: Term = stored.Spatial(v, u.reshape(shape.n, -1, r))
+        else:
+            term = stored.LowRank(u, v, np.arange(shape.p, dtype=np.int32))
+        return (term,) if is_smaller((term,), shape) else None
+
+    def settle(self, theta: Factors) -> Factors:
+        """See `Compression.settle`."""
+        return Factors(rounded(theta.u, self.value_bits), rounded(theta.v, self.value_bits), theta.rank)
+
+    def info(self, theta: Factors) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": int(theta.rank)}
 
 
-def _check_bits(value_bits: int) -> None:
-    if value_bits not in (16, 32):
-        raise ValueError(f"value_bits: {value_bits!r}; give 16 or 32")
+def factors(
+    svd: tuple[Array, Array, Array], sizes: Float[Array, " s"], rank: Int[ArrayLike, ""], largest: int, value_bits: int
+) -> Factors:
+    """The first `rank` singular directions with the given sizes in place of the singular values."""
+    u, _, v = svd
+    root = jnp.where(jnp.arange(largest) < rank, jnp.sqrt(sizes[:largest]), 0)
+    pair = u[:, :largest] * root[None, :], root[:, None] * v[:largest]
+    return Factors(rounded(pair[0], value_bits), rounded(pair[1], value_bits), jnp.asarray(rank, jnp.int32))
+
+
+def product(theta: Factors) -> Float[Array, "rows columns"]:
+    """U v."""
+    return jnp.matmul(theta.u, theta.v, precision="highest")
+
+
+def svd_of(w: Float[Array, "rows columns"]) -> tuple[Array, Array, Array]:
+    """(u, s, v): eigenvectors of the smaller Gram matrix would be faster, and lose half of the digits."""
+    u, s, v = lax.linalg.svd(w, full_matrices=False)
+    return u, s, v
 
 
 @dataclass(frozen=True)
-class LowRank(_Factored):
+class LowRank(FactoredForm):
     """The nearest matrix of rank `rank` at most, by the singular value decomposition (Eckart & Young, 1936).
 
     Attributes:
         rank: r.
-        reshaping: of the layer into a matrix.
+        scheme: of the layer as a matrix, see `Reshaping`; "auto": the one with fewer values.
+        window: (kh, kw) of a convolution, which `bind` finds out.
         value_bits: 32, or 16 for float16 factors.
     """
 
+    word: ClassVar = "low_rank"
     rank: int
-    reshaping: Reshaping = Reshaping()
+    scheme: str = "rows"
+    window: tuple[int, ...] = ()
     value_bits: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
-        _check_bits(self.value_bits)
+        check_scheme(self.scheme)
+        check_float_format("value_bits", self.value_bits)
         if not isinstance(self.rank, int) or self.rank < 0:
             raise ValueError(f"rank: {self.rank!r}; give a whole number >= 0")
+
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`; settles the scheme."""
+        chosen = replace(self, scheme=_cheaper(layers[0])) if self.scheme == "auto" else self
+        return FactoredForm.bind(chosen, target, layers)
 
     def compress(self, target: Float[Array, "n p"], mu: Float[ArrayLike, ""], start: Factors | None = None) -> Factors:
         """See `Compression.compress`."""
         w = self.reshaping.apply(target)
         if self.rank > min(w.shape):
             raise ValueError(f"rank: {self.rank} of a {w.shape} matrix; give at most {min(w.shape)}")
-        return self._factors(w, self.rank, self.rank)
+        svd = svd_of(w)
+        return factors(svd, svd[1], self.rank, self.rank, self.value_bits)
 
-    def penalty(self, theta: Factors) -> Float[Array, ""]:
-        """0."""
-        return jnp.zeros((), theta.u.dtype)
+    def _largest(self, rows: int, columns: int) -> int:
+        return self.rank
+
+
+def _cheaper(layer: MatrixShape) -> str:
+    """The scheme with fewer values per rank."""
+    if len(layer.window) != 2:
+        return "rows"
+    spatial = Reshaping("spatial", layer.window)
+    return "spatial" if sum(spatial.shape((layer.n, layer.p))) < layer.n + layer.p else "rows"
 
 
 @dataclass(frozen=True)
-class RankSelection(_Factored):
-    """The rank is chosen too: min over r of alpha r (rows + columns) cost + mu/2 ||w - rank-r part||^2, exactly.
-
-    Idelbayev & Carreira-Perpinan, Low-rank compression of neural nets: learning the rank of each layer (2020), eq. 8.
+class PenaltyNuclear(FactoredForm):
+    """alpha ||w||_*, the sum of the singular values: the low-rank part of the paper's split.
 
     Attributes:
-        alpha: price of a stored value, or of a multiply-add.
-        cost: multiply-adds per stored value (the output positions), or 1 for storage.
-        normalize: divide the squared error by ||w||^2.
-        reshaping: of the layer into a matrix.
+        alpha: weight of the norm.
+        scheme: of the layer as a matrix, see `Reshaping`.
+        window: (kh, kw) of a convolution, which `bind` finds out.
         value_bits: 32, or 16 for float16 factors.
     """
 
+    word: ClassVar = "penalty_nuclear"
     alpha: float
-    cost: float = 1.0
-    normalize: bool = False
-    reshaping: Reshaping = Reshaping()
+    scheme: str = "rows"
+    window: tuple[int, ...] = ()
     value_bits: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
-        _check_bits(self.value_bits)
-        for name in ("alpha", "cost"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; give a number >= 0")
+        check_scheme(self.scheme, auto=False)
+        check_float_format("value_bits", self.value_bits)
+        check_weight("alpha", self.alpha)
 
     def compress(self, target: Float[Array, "n p"], mu: Float[ArrayLike, ""], start: Factors | None = None) -> Factors:
-        """See `Compression.compress`; at mu = 0 the rank is full, as the first step of the algorithm wants it."""
-        w = self.reshaping.apply(target)
-        energy = jnp.linalg.svd(w, compute_uv=False) ** 2
-        total = jnp.sum(energy)
-        left = jnp.concatenate([total[None], total - jnp.cumsum(energy)])
-        scale = jnp.where(total > 0, total, 1) if self.normalize else jnp.ones_like(total)
-        ranks = jnp.arange(len(left)).astype(w.dtype)
-        price = self.alpha * self.cost * ranks * (w.shape[0] + w.shape[1])
-        weight = jnp.asarray(mu, w.dtype)
-        best = jnp.argmin(price + weight / 2 * jnp.maximum(left, 0) / scale)
-        return self._factors(w, jnp.where(weight > 0, best, min(w.shape)), min(w.shape))
+        """See `Compression.compress`: singular values less alpha / mu. Nothing stays at mu = 0 and alpha > 0."""
+        svd = svd_of(self.reshaping.apply(target))
+        mu = jnp.asarray(mu, target.dtype)
+        shrunk = jnp.maximum(svd[1] - self.alpha / jnp.where(mu > 0, mu, 1), 0)
+        shrunk = jnp.where((mu > 0) | (self.alpha == 0), shrunk, 0)
+        return factors(svd, shrunk, jnp.sum(shrunk > 0), len(shrunk), self.value_bits)
 
     def penalty(self, theta: Factors) -> Float[Array, ""]:
-        """Alpha times the cost of the rank."""
-        return self.alpha * self.cost * theta.rank.astype(theta.u.dtype) * (theta.u.shape[0] + theta.v.shape[1])
+        """Alpha times the sum of the singular values; those of u and of v are their square roots."""
+        return self.alpha / 2 * (jnp.sum(theta.u**2) + jnp.sum(theta.v**2))

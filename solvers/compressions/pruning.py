@@ -1,61 +1,83 @@
-"""Pruning: single weights, groups of a matrix, N of every M."""
+"""Pruning of single weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, UInt8
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from solvers.compressions.base import FLOAT_BITS, gap_symbols, gap_width, width_of, write_bits, write_floats
-from solvers.compressions.quantization import AdaptiveCodebook
-from solvers.prox import COLUMNS, Grouping, project_groups
+from solvers.compressions.base import FLOAT_BITS, Compression, rounded
+from solvers.compressions.bits import (
+    Bits,
+    Reader,
+    position_bits,
+    read_positions,
+    width_of,
+    write_bits,
+    write_floats,
+    write_positions,
+)
+from solvers.compressions.checks import check_amount, check_float_format, check_k, check_weight, count_of
+from solvers.compressions.k_means import means_from, means_from_scratch
+from solvers.compressions.quantization import Codebook, nearest
+from solvers.prox import soft_threshold
+from solvers.terms import MatrixShape
 
 Values = Float[Array, "..."]
 
 
-class _Pruned:
-    """Theta is the pruned weights themselves, in the target's shape."""
+def largest(target: Values, count: int) -> Bool[Array, "..."]:
+    """Which are the `count` weights of largest size, of equals the first.
 
-    value_bits: int = FLOAT_BITS
+    The size of the last of them is found bit by bit: a sort would take twenty times as long.
+    """
+    size = jnp.abs(target)
+    whole = jnp.int32 if size.dtype.itemsize == 4 else jnp.int64
+    size = lax.bitcast_convert_type(size, whole)  # of floats >= 0, in the same order
+    top = jnp.iinfo(whole).bits - 2
+
+    def narrow(i: Array, least: Array) -> Array:
+        higher = least | (jnp.ones((), whole) << (top - i).astype(whole))
+        return jnp.where(jnp.sum(size >= higher) >= count, higher, least)
+
+    least = lax.fori_loop(0, top + 1, narrow, jnp.zeros((), whole))
+    above, equal = size > least, size == least
+    left = count - jnp.sum(above)
+    first = jnp.cumsum(equal.reshape(-1)).reshape(equal.shape) <= left
+    return above | (equal & first)
+
+
+class _Pruned(Compression):
+    """Theta is the pruned weights themselves, in the target's shape; its zeros are not stored."""
+
+    _value_bits: ClassVar[int] = FLOAT_BITS
 
     def decompress(self, theta: Values) -> Values:
         """As they are."""
         return theta
 
-    def penalty(self, theta: Values) -> Float[Array, ""]:
-        """0."""
-        return jnp.zeros((), theta.dtype)
-
-    def _values(self, theta: Values) -> UInt8[np.ndarray, " bits"]:
-        values = np.asarray(theta).reshape(-1)
-        return write_floats(values[values != 0], self.value_bits)
-
     def bits(self, theta: Values) -> int:
         """Gaps between the weights that are not zero, and these."""
         kept = np.asarray(theta).reshape(-1) != 0
-        return gap_width(kept)[1] + self.value_bits * int(kept.sum())
+        return position_bits(kept) + self._value_bits * int(kept.sum())
 
-    def encode(self, theta: Values) -> UInt8[np.ndarray, " bits"]:
+    def encode(self, theta: Values) -> Bits:
         """Gaps, then values."""
-        kept = np.asarray(theta).reshape(-1) != 0
-        width = gap_width(kept)[0]
-        return np.concatenate([write_bits(gap_symbols(kept, width), width), self._values(theta)])
+        values = np.asarray(theta).reshape(-1)
+        return np.concatenate([write_positions(values != 0), write_floats(values[values != 0], self._value_bits)])
 
+    def decode(self, reader: Reader, shape: tuple[int, ...]) -> Values:
+        """See `Compression.decode`."""
+        values = np.zeros(int(np.prod(shape)), np.float32)
+        kept = read_positions(reader, values.size)
+        values[kept] = reader.floats(int(kept.sum()), self._value_bits)
+        return jnp.asarray(values.reshape(shape))
 
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: {value!r} is not a number of weights; give a whole number >= 0")
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name}: {value!r}; give a number >= 0")
-
-
-def _largest(target: Values, kappa: int) -> Values:
-    flat = target.reshape(-1)
-    order = jnp.argsort(-jnp.abs(flat), stable=True)[:kappa]
-    return jnp.zeros_like(flat).at[order].set(flat[order]).reshape(target.shape)
+    def info(self, theta: Values) -> dict[str, Any]:
+        """How many weights stay."""
+        return {"kept": int(jnp.count_nonzero(theta))}
 
 
 @dataclass(frozen=True)
@@ -63,51 +85,34 @@ class PruneL0(_Pruned):
     """At most `kappa` weights: the largest, of equals the first.
 
     Attributes:
-        kappa: how many stay.
-        precision: bits of a stored value: 32, 16 (float16), or 1 to 8: a codebook of 2^precision values.
+        kappa: how many stay: a whole number, or a fraction up to 1.0 of all.
+        precision: bits of a stored value: 32, or 16 (float16). For a codebook see `PruneQuantize`.
     """
 
-    kappa: int
+    word: ClassVar = "prune"
+    kappa: int | float
     precision: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
-        _check_count("kappa", self.kappa)
-        if self.precision not in (*range(1, 9), 16, 32):
-            raise ValueError(f"precision: {self.precision!r} bits; give 32, 16, or 1 to 8 for a codebook")
+        check_amount("kappa", self.kappa, "weights")
+        check_float_format("precision", self.precision)
+
+    def bind(self, target: Values, layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`; a fraction becomes a number."""
+        return replace(self, kappa=count_of("kappa", self.kappa, target.size, "weights"))
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
         """See `Compression.compress`."""
-        if self.kappa > target.size:
-            raise ValueError(f"kappa: {self.kappa} of {target.size} weights; give at most that many")
-        pruned = _largest(target, self.kappa)
-        if self.precision == FLOAT_BITS:
-            return pruned
-        if self.precision == 16:
-            return pruned.astype(jnp.float16).astype(target.dtype)
-        order = jnp.argsort(-jnp.abs(target.reshape(-1)), stable=True)[: self.kappa]
-        book = AdaptiveCodebook(min(2**self.precision, max(1, self.kappa)))
-        shared = book.decompress(book.compress(target.reshape(-1)[order], mu))
-        return jnp.zeros_like(target.reshape(-1)).at[order].set(shared).reshape(target.shape)
+        kept = largest(target, count_of("kappa", self.kappa, target.size, "weights"))
+        return rounded(jnp.where(kept, target, 0), self.precision)
+
+    def settle(self, theta: Values) -> Values:
+        """See `Compression.settle`."""
+        return rounded(theta, self.precision)
 
     @property
-    def value_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of one value."""
+    def _value_bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.precision
-
-    def bits(self, theta: Values) -> int:
-        """As `_Pruned`, with the codebook."""
-        codebook = 0 if self.precision >= 16 else FLOAT_BITS * self._codebook(theta).size
-        return super().bits(theta) + codebook
-
-    def _codebook(self, theta: Values) -> np.ndarray:
-        return np.unique(np.asarray(theta)[np.asarray(theta) != 0])
-
-    def _values(self, theta: Values) -> UInt8[np.ndarray, " bits"]:
-        if self.precision >= 16:
-            return super()._values(theta)
-        values, book = np.asarray(theta).reshape(-1), self._codebook(theta)
-        codes = np.searchsorted(book, values[values != 0])
-        return np.concatenate([write_bits(codes, self.precision), write_floats(book)])
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,11 @@ class PruneL1(_Pruned):
         kappa: radius of the ball.
     """
 
+    word: ClassVar = "prune_l1"
     kappa: float
 
     def __post_init__(self) -> None:
-        _check_weight("kappa", self.kappa)
+        check_weight("kappa", self.kappa)
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
         """See `Compression.compress`."""
@@ -134,21 +140,22 @@ class PruneL1(_Pruned):
 
 
 def _shrink(target: Values, level: Float[ArrayLike, ""]) -> Values:
-    return jnp.sign(target) * jnp.maximum(jnp.abs(target) - level, 0)
+    return soft_threshold(target.reshape(1, -1), level).reshape(target.shape)
 
 
 @dataclass(frozen=True)
 class PenaltyL0(_Pruned):
-    """alpha times the number of weights: those of at least sqrt(2 alpha / mu) stay.
+    """alpha times the number of weights: those of more than sqrt(2 alpha / mu) stay.
 
     Attributes:
         alpha: the price of a weight.
     """
 
+    word: ClassVar = "penalty_l0"
     alpha: float
 
     def __post_init__(self) -> None:
-        _check_weight("alpha", self.alpha)
+        check_weight("alpha", self.alpha)
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
         """See `Compression.compress`; nothing stays at mu = 0 and alpha > 0."""
@@ -167,10 +174,11 @@ class PenaltyL1(_Pruned):
         alpha: weight of the penalty.
     """
 
+    word: ClassVar = "penalty_l1"
     alpha: float
 
     def __post_init__(self) -> None:
-        _check_weight("alpha", self.alpha)
+        check_weight("alpha", self.alpha)
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
         """See `Compression.compress`; nothing stays at mu = 0 and alpha > 0."""
@@ -184,73 +192,63 @@ class PenaltyL1(_Pruned):
 
 
 @dataclass(frozen=True)
-class PruneGroups(_Pruned):
-    """At most `kappa` columns, rows or input channels of a matrix: those of largest norm.
+class PruneQuantize(Compression):
+    """The `kappa` largest weights, each one of k values; the others 0. Han et al., Deep Compression (2016), section 3.
+
+    Theta is a `Codebook` in which code 0 is a pruned weight, and i > 0 has the value i - 1. A local minimum.
 
     Attributes:
-        kappa: how many groups stay.
-        grouping: `solvers.prox.COLUMNS`, `ROWS` or `channels(c_in)`.
+        kappa: how many weights stay: a whole number, or a fraction up to 1.0 of all.
+        k: how many values.
     """
 
-    kappa: int
-    grouping: Grouping = COLUMNS
+    word: ClassVar = "prune_quantize"
+    kappa: int | float
+    k: int
 
     def __post_init__(self) -> None:
-        _check_count("kappa", self.kappa)
+        check_amount("kappa", self.kappa, "weights")
+        check_k(self.k)
 
-    def compress(
-        self, target: Float[Array, "n p"], mu: Float[ArrayLike, ""], start: Values | None = None
-    ) -> Float[Array, "n p"]:
+    def bind(self, target: Values, layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`; a fraction becomes a number."""
+        kappa = count_of("kappa", self.kappa, target.size, "weights")
+        if self.k > kappa:
+            raise ValueError(f"k: {self.k} values for {kappa} weights that stay; give at most that many")
+        return replace(self, kappa=kappa)
+
+    def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Codebook | None = None) -> Codebook:
         """See `Compression.compress`."""
-        count = self.grouping.count(target.shape)
-        if self.kappa > count:
-            raise ValueError(f"kappa: {self.kappa} of {count} {self.grouping.name}; give at most that many")
-        return project_groups(target, self.kappa, self.grouping)
+        kappa = count_of("kappa", self.kappa, target.size, "weights")
+        kept = largest(target, kappa)
+        values = target.reshape(-1)[jnp.nonzero(kept.reshape(-1), size=kappa)[0]]
+        cold = start is None
+        centers = means_from_scratch(values, self.k, 0) if cold else means_from(values, start.centers)
+        return Codebook(centers, jnp.where(kept, nearest(target, centers) + 1, 0))
 
-    def bits(self, theta: Float[Array, "n p"]) -> int:
-        """A bit for every group, and all values of those that stay."""
-        kept = np.asarray(self.grouping.norms(jnp.asarray(theta))) > 0
-        return kept.size + FLOAT_BITS * int(kept.sum()) * (theta.size // kept.size)
+    def decompress(self, theta: Codebook) -> Values:
+        """Each weight's value."""
+        return jnp.pad(theta.centers, (1, 0))[theta.codes]
 
-    def encode(self, theta: Float[Array, "n p"]) -> UInt8[np.ndarray, " bits"]:
-        """The bits of the groups, then the values."""
-        kept = self.grouping.norms(jnp.asarray(theta)) > 0
-        inside = np.asarray(self.grouping.expand(kept, theta.shape))
-        return np.concatenate([write_bits(np.asarray(kept), 1), write_floats(np.asarray(theta)[inside])])
+    def bits(self, theta: Codebook) -> int:
+        """The values, gaps between the weights that stay, and ceil(log2 k) for each of these."""
+        kept = np.asarray(theta.codes).reshape(-1) != 0
+        return FLOAT_BITS * self.k + position_bits(kept) + width_of(self.k) * int(kept.sum())
 
+    def encode(self, theta: Codebook) -> Bits:
+        """Values, gaps, codes."""
+        codes = np.asarray(theta.codes).reshape(-1)
+        stream = write_bits(codes[codes != 0] - 1, width_of(self.k))
+        return np.concatenate([write_floats(theta.centers), write_positions(codes != 0), stream])
 
-@dataclass(frozen=True)
-class PruneNofM(_Pruned):
-    """`n` of every `m` neighbours along the last axis: the largest, as sparse tensor cores take them.
+    def decode(self, reader: Reader, shape: tuple[int, ...]) -> Codebook:
+        """See `Compression.decode`."""
+        codes = np.zeros(int(np.prod(shape)), np.int32)
+        centers = reader.floats(self.k)
+        kept = read_positions(reader, codes.size)
+        codes[kept] = reader.integers(int(kept.sum()), width_of(self.k)) + 1
+        return Codebook(jnp.asarray(centers), jnp.asarray(codes.reshape(shape)))
 
-    Attributes:
-        n: weights that stay.
-        m: neighbours.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.n <= self.m:
-            raise ValueError(f"n, m: {self.n} of {self.m}; give 0 < n <= m, for example 2 of 4")
-
-    def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
-        """See `Compression.compress`."""
-        if target.shape[-1] % self.m:
-            raise ValueError(f"m: {self.m} does not divide the last axis of {target.shape}")
-        blocks = target.reshape(-1, self.m)
-        order = jnp.argsort(-jnp.abs(blocks), axis=1, stable=True)
-        rank = jnp.argsort(order, axis=1)
-        return jnp.where(rank < self.n, blocks, 0).reshape(target.shape)
-
-    def bits(self, theta: Values) -> int:
-        """For each block n places within it and n values."""
-        return theta.size // self.m * self.n * (width_of(self.m) + FLOAT_BITS)
-
-    def encode(self, theta: Values) -> UInt8[np.ndarray, " bits"]:
-        """All places, then all values."""
-        blocks = np.asarray(theta).reshape(-1, self.m)
-        places = np.sort(np.argsort(blocks == 0, axis=1, kind="stable")[:, : self.n], axis=1)
-        values = np.take_along_axis(blocks, places, axis=1)
-        return np.concatenate([write_bits(places, width_of(self.m)), write_floats(values)])
+    def info(self, theta: Codebook) -> dict[str, Any]:
+        """The values, and how many weights stay."""
+        return {"centers": np.asarray(theta.centers).tolist(), "kept": int(jnp.count_nonzero(theta.codes))}

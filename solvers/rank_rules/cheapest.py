@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from solvers.compressions import RankSelection, Reshaping
+from solvers.compressions import RankSelection
 from solvers.factor_sizes import Ranks, full_ranks, mode_tails
 from solvers.rank_rules.base import COSTS, RankChoice
 from solvers.rank_rules.problem import RankProblem
@@ -49,13 +49,17 @@ class Cheapest:
         return RankChoice(tuple(min(r, most) for r, most in zip(ranks, problem.largest, strict=True)))
 
     def _pair(self, problem: RankProblem) -> Ranks:
-        window = problem.shape.window if problem.form == "spatial" else ()
-        reshaping = Reshaping("spatial" if window else "rows", window)
-        one = (1,)
-        per_value = problem.cost(one, self.what) / problem.cost(one, "params")
-        rule = RankSelection(self.alpha, cost=per_value, normalize=True, reshaping=reshaping)
+        is_spatial = problem.form == "spatial"
+        per_value = problem.cost((1,), self.what) / problem.cost((1,), "params")
+        rule = RankSelection(
+            self.alpha,
+            cost=per_value,
+            scheme="spatial" if is_spatial else "rows",
+            window=problem.shape.window if is_spatial else (),
+        )
+        weights = np.asarray(problem.weights, np.float64)
         with jax.enable_x64(True):
-            return (int(rule.compress(jnp.asarray(problem.weights, jnp.float64), 1.0).rank),)
+            return (int(rule.compress(jnp.asarray(weights / (np.linalg.norm(weights) or 1.0)), 1.0).rank),)
 
     def _grid(self, problem: RankProblem) -> Ranks:
         n, c = full_ranks("tucker2", problem.shape)

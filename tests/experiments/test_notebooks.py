@@ -16,8 +16,8 @@ def _pictures(notebook):
     return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
 
 
-def test_there_are_five():
-    assert [name[0] for name in NAMES] == list("12345")
+def test_there_are_six():
+    assert [name[0] for name in NAMES] == list("123456")
 
 
 @pytest.fixture(scope="module")

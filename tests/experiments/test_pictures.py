@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from pictures import penalty_maps, show
+from pictures import curves, penalty_maps, show, tiles
 from PIL import Image
 
 
@@ -30,3 +30,27 @@ def test_the_mark_lies_where_its_value_is_on_a_logarithmic_scale(tmp_path):
     red = np.argwhere(np.abs(pixels - [0xD5, 0x5E, 0x00]).sum(axis=2) < 30)[:, 1]
     frame = np.flatnonzero((pixels.sum(axis=2) < 60).mean(axis=0) > 0.5)
     assert abs(red.mean() - (frame.min() + frame.max()) / 2) < 3
+
+
+def _colours(file):
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_curves_have_a_panel_each_and_a_legend_where_a_line_has_a_name(tmp_path):
+    lines = {"up": np.array([1.0, 10.0, 100.0])}
+    one = curves(tmp_path / "one.png", {"a": lines}, [1, 2, 4], step_label="mu")
+    nameless = curves(tmp_path / "none.png", {"a": {"": lines["up"]}}, [1, 2, 4], step_label="mu")
+    two = curves(tmp_path / "two.png", {"a": lines, "b": lines}, [1, 2, 4], step_label="mu", logarithmic=["b"])
+    assert _colours(two).shape[1] == 2 * _colours(one).shape[1]
+    assert (_colours(one) != _colours(nameless)).any()
+    half = _colours(one).shape[1]
+    assert (_colours(two)[:, :half] != _colours(two)[:, half:]).any()  # the other scale
+
+
+def test_tiles_share_one_scale_of_colours(tmp_path):
+    plus = np.ones((2, 4, 4))
+    picture = _colours(tiles(tmp_path / "tiles.png", {"strong": plus, "weak": -plus / 8}))
+    darkest_blue, darkest_red = ([5, 48, 97], [103, 0, 31])
+    assert (picture == darkest_blue).all(axis=-1).any()
+    assert not (picture == darkest_red).all(axis=-1).any()

@@ -1,6 +1,8 @@
 """C steps: minimisers within their form, storage as encoded, sums that never get worse."""
 
 import itertools
+import json
+from dataclasses import dataclass
 from time import perf_counter
 
 import jax
@@ -11,66 +13,96 @@ import pytest
 from solvers.compressions import (
     AdaptiveCodebook,
     Additive,
+    Codebook,
     Compression,
     Cp,
+    Each,
+    Half,
     LowRank,
+    OneOf,
     OptimalCodebook,
+    PenaltyGroups,
     PenaltyL0,
     PenaltyL1,
+    PenaltyNuclear,
     PruneGroups,
     PruneL0,
     PruneL1,
     PruneNofM,
+    PruneQuantize,
     RankSelection,
-    Reshaping,
     ScaledBinary,
     ScaledTernary,
     Tucker2,
     binary,
     fixed_point,
+    optimal_codebook,
     powers_of_two,
 )
+from solvers.compressions.base import objective
+from solvers.compressions.bits import Reader, position_bits, read_positions, write_positions
 from solvers.compressions.optimal_codebook import optimal_centers
-from solvers.prox import COLUMNS, ROWS, channels
+from solvers.compressions.pruning import largest
+from solvers.compressions.spec import from_spec, is_known, to_spec
+from solvers.prox import CHANNELS, COLUMNS, ROWS
+from solvers.terms import MatrixShape, total_matrix
 
-SPATIAL = Reshaping("spatial", (2, 3))
+LAYER = MatrixShape((2, 3), 3, 6)  # a (6, 18) matrix
 # Those whose C step is the exact minimiser.
 EXACT = {
     "l0": PruneL0(30),
+    "l0, a fraction": PruneL0(0.25),
     "l1": PruneL1(4.0),
     "l0 penalty": PenaltyL0(0.1),
     "l1 penalty": PenaltyL1(0.2),
     "columns": PruneGroups(7, COLUMNS),
     "rows": PruneGroups(3, ROWS),
-    "channels": PruneGroups(2, channels(3)),
-    "2 of 4": PruneNofM(2, 6),
+    "channels": PruneGroups(2, CHANNELS),
+    "column norms": PenaltyGroups(2.5, COLUMNS),
+    "channel norms": PenaltyGroups(4.0, CHANNELS),
+    "2 of 6": PruneNofM(2, 6),
     "optimal codebook": OptimalCodebook(4),
+    "float16": Half(),
     "binary": binary(),
     "scaled binary": ScaledBinary(),
     "scaled ternary": ScaledTernary(),
     "fixed point": fixed_point(4, 2),
     "powers of two": powers_of_two(0, -3),
     "low rank": LowRank(2),
-    "low rank, spatial": LowRank(2, SPATIAL),
+    "low rank, spatial": LowRank(2, "spatial"),
+    "low rank, auto": LowRank(2, "auto"),
+    "nuclear norm": PenaltyNuclear(3.0),
+    "nuclear norm, spatial": PenaltyNuclear(2.0, "spatial"),
     "rank selection": RankSelection(0.05),
-    "rank selection, normalised": RankSelection(0.002, cost=3.0, normalize=True),
+    "rank selection, dense": RankSelection(0.001),
+    "rank selection, multiply-adds": RankSelection(0.02, (3.0, 1.5), "spatial"),
+    "rank selection, auto": RankSelection(0.05, scheme="auto"),
+    "one of two": OneOf((PruneL0(30), LowRank(2))),
+    "layers one by one": Each((PruneL0(0.5), OptimalCodebook(2))),
 }
 LOCAL = {
     "k-means": AdaptiveCodebook(4),
     "l0, float16": PruneL0(30, 16),
-    "l0, codebook": PruneL0(30, 2),
-    "low rank, float16": LowRank(2, SPATIAL, 16),
-    "Tucker-2": Tucker2((3, 2), (2, 3)),
-    "CP, 3-way": Cp(4, (2, 3)),
-    "CP, 4-way": Cp(4, (2, 3), separable=True),
+    "l0, codebook": PruneQuantize(30, 4),
+    "low rank, float16": LowRank(2, "spatial", value_bits=16),
+    "rank selection, float16": RankSelection(0.001, value_bits=16),
+    "Tucker-2": Tucker2((3, 2)),
+    "CP, 3-way": Cp(4),
+    "CP, 4-way": Cp(4, separable=True),
+}
+SUMS = {
     "quantization + pruning": Additive((AdaptiveCodebook(2), PruneL0(12))),
     "quantization + low rank": Additive((AdaptiveCodebook(2), LowRank(1))),
     "pruning + low rank": Additive((PruneL0(12), LowRank(1))),
     "all three": Additive((PruneL0(12), LowRank(1), AdaptiveCodebook(2))),
-    "low rank twice": Additive((LowRank(1), LowRank(1, SPATIAL))),
+    "low rank twice": Additive((LowRank(1), LowRank(1, "spatial"))),
     "columns + low rank": Additive((PruneGroups(4, COLUMNS), LowRank(1))),
+    "column norms + nuclear norm": Additive((PenaltyGroups(2.0), PenaltyNuclear(4.0))),
 }
-ALL = EXACT | LOCAL
+JOINT = {
+    "one codebook + low rank of each layer": Additive((AdaptiveCodebook(2), Each((LowRank(1),)))),
+    "layers one by one": EXACT.pop("layers one by one"),
+}
 MU = 1.5
 
 
@@ -78,42 +110,104 @@ def weights(seed=0, n=6, p=18):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(n, p)), jnp.float32)
 
 
-def objective(form, target, theta):
-    gap = target - form.decompress(theta)
-    if getattr(form, "normalize", False):
-        gap = gap / jnp.linalg.norm(target)
-    return float(form.penalty(theta) + MU / 2 * jnp.sum(gap * gap))
+def bound(name, target=None):
+    """The form of that name, for one convolution; those of `JOINT` for two dense layers."""
+    target = weights() if target is None else target
+    if name in JOINT:
+        return JOINT[name].bind(target.reshape(-1), (MatrixShape((), 9, 6), MatrixShape((), 6, 9))), target.reshape(-1)
+    return (EXACT | LOCAL | SUMS)[name].bind(target, (LAYER,)), target
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_shapes_bits_and_one_compilation(name):
-    form, w = ALL[name], weights()
+def value(form, target, theta):
+    return float(objective(form, theta, target, MU))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *LOCAL, *SUMS, *JOINT])
+def test_contract(name):
+    """Shapes; theta keeps its structure; bits by formula are those of the encoding, from which theta comes back."""
+    form, w = bound(name)
+    compress = jax.jit(form.compress)
+    theta = compress(w, MU)
     assert isinstance(form, Compression)
-    theta = jax.jit(form.compress)(w, MU)
+    assert hash(form) is not None
     assert form.decompress(theta).shape == w.shape
-    assert form.encode(theta).shape == (form.bits(theta),)
-    assert set(np.unique(form.encode(theta))) <= {0, 1}
-    warm = form.compress(w, MU, theta)
-    assert objective(form, w, warm) <= objective(form, w, theta) * (1 + 1e-5)
+    warm = compress(w, MU, theta)
+    for a, b in zip(jax.tree.leaves(theta), jax.tree.leaves(warm), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert value(form, w, warm) <= value(form, w, theta) * (1 + 1e-5)
+    bits = form.encode(theta)
+    assert bits.shape == (form.bits(theta),)
+    assert set(np.unique(bits)) <= {0, 1}
+    reader = Reader(bits)
+    read = form.decode(reader, w.shape)
+    assert reader.left == 0
+    np.testing.assert_array_equal(form.decompress(read), form.decompress(theta))
+    assert jax.tree.structure(read) == jax.tree.structure(theta)
+    np.testing.assert_array_equal(form.encode(read), bits)
+    assert isinstance(form.info(theta), dict)
+
+
+@pytest.mark.parametrize("name", [*EXACT, *LOCAL, *SUMS, *JOINT])
+def test_a_form_is_read_back_from_json(name):
+    form = bound(name)[0]
+    assert is_known(form)
+    assert from_spec(json.loads(json.dumps(to_spec(form)))) == form
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_no_other_theta_of_the_form_is_better(name):
-    form, w, rng = EXACT[name], weights(), np.random.default_rng(1)
-    best = objective(form, w, form.compress(w, MU))
+    form, w = bound(name)
+    rng, compress = np.random.default_rng(1), jax.jit(form.compress)
+    best = value(form, w, compress(w, MU))
     for scale in (0.03, 0.3, 1.0, 3.0):
         for _ in range(10):
-            other = form.compress(w + scale * rng.normal(size=w.shape).astype(np.float32), MU)
-            assert best <= objective(form, w, other) * (1 + 1e-5)
+            other = compress(w + scale * rng.normal(size=w.shape).astype(np.float32), MU)
+            assert best <= value(form, w, other) * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, form in LOCAL.items() if isinstance(form, Additive)])
-def test_more_rounds_are_never_worse(name):
-    form, w = LOCAL[name], weights()
-    errors = [objective(form, w, Additive(form.parts, rounds).compress(w, MU)) for rounds in (1, 2, 4, 8)]
+@pytest.mark.parametrize("name", SUMS)
+def test_a_round_is_never_worse_and_a_sum_beats_its_parts(name):
+    form, w = bound(name)
+    a_round = jax.jit(Additive(form.parts, 1).compress)
+    theta = a_round(w, MU)
+    errors = [value(form, w, theta)]
+    for _ in range(7):
+        theta = a_round(w, MU, theta)
+        errors.append(value(form, w, theta))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
-    alone = min(objective(part, w, part.compress(w, MU)) for part in form.parts)
-    assert errors[-1] < alone
+    assert errors[-1] < min(value(part, w, part.compress(w, MU)) for part in form.parts)
+
+
+TERMS = {
+    "columns": MU,
+    "channels": MU,
+    "column norms": 1.0,
+    "low rank": MU,
+    "low rank, spatial": MU,
+    "nuclear norm": 0.7,
+    "Tucker-2": MU,
+    "CP, 3-way": MU,
+    "CP, 4-way": MU,
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("plus", [None, "low rank"])
+def test_terms_are_the_weights_in_fewer_values(name, plus):
+    single, w = bound(name)
+    form = single if plus is None else Additive((single, bound(plus)[0]))
+    theta = form.compress(w, TERMS[name])
+    terms = form.terms(theta, LAYER)
+    if sum(t.num_params for t in terms or ()) or plus is None:
+        np.testing.assert_allclose(total_matrix(terms, LAYER), form.decompress(theta), atol=1e-5)
+        assert sum(term.num_params for term in terms) < w.size
+
+
+def test_no_terms_where_the_dense_layer_is_smaller():
+    w = weights()
+    assert LowRank(5).terms(LowRank(5).compress(w, MU), LAYER) is None
+    assert PruneL0(3).terms(PruneL0(3).compress(w, MU), LAYER) is None
+    assert PruneGroups(3, ROWS).terms(PruneGroups(3, ROWS).compress(w, MU), LAYER) is None
 
 
 def test_pruning_against_all_subsets():
@@ -123,6 +217,14 @@ def test_pruning_against_all_subsets():
         float(jnp.sum(w**2)) - float(jnp.sum(w[jnp.array(s)] ** 2)) for s in itertools.combinations(range(9), 4)
     )
     assert float(jnp.sum((w - found) ** 2)) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 10])
+def test_of_equal_weights_the_first_are_kept(count):
+    w = jnp.asarray([2.0, -1.0, 1.0, 0.0, -2.0, 1.0, 0.0, -0.0, 3.0, 1.0], jnp.float32)
+    expected = np.zeros(10, bool)
+    expected[np.argsort(-np.abs(np.asarray(w)), kind="stable")[:count]] = True
+    np.testing.assert_array_equal(largest(w, count), expected)
 
 
 def test_nothing_is_kept_when_nothing_may_be():
@@ -150,6 +252,16 @@ def test_l1_projection_to_six_digits():
         shrunk = (jnp.abs(v) - jnp.abs(found))[found != 0]
         assert float(jnp.ptp(shrunk)) < 1e-9
         assert float(jnp.max(jnp.abs(v[found == 0]))) <= float(shrunk[0]) + 1e-9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
+def test_positions_are_read_back(share):
+    kept = np.random.default_rng(5).uniform(size=3000) < share
+    bits = write_positions(kept)
+    assert len(bits) == position_bits(kept)
+    np.testing.assert_array_equal(read_positions(Reader(bits), 3000), kept)
+    with pytest.raises(ValueError, match="damaged"):
+        read_positions(Reader(bits[:-1] if len(bits) > 37 else bits[:30]), 3000)
 
 
 def error_of(values, centers):
@@ -180,11 +292,43 @@ def test_k_means_never_beats_the_optimum_and_comes_near(k):
 def test_a_million_weights():
     values = np.random.default_rng(0).normal(size=10**6).astype(np.float32)
     start = perf_counter()
-    centers = optimal_centers(values, 4)
-    assert perf_counter() - start < 20
+    centers = optimal_centers(values, 16)
+    assert perf_counter() - start < 10
     np.testing.assert_allclose(centers, -centers[::-1], atol=0.02)
-    warm = AdaptiveCodebook(4).compress(jnp.asarray(values), MU)
-    np.testing.assert_allclose(warm.centers, centers, atol=5e-3)
+    warm = AdaptiveCodebook(16).compress(jnp.asarray(values), MU)
+    assert error_of(values, centers) <= error_of(values, np.asarray(warm.centers)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 6, 17])
+def test_bounds_rule_out_no_optimum(monkeypatch, k):
+    rng = np.random.default_rng(k)
+    values = np.concatenate([rng.standard_t(2, size=1500), rng.normal(3, 0.01, size=500)])
+    narrow = optimal_centers(values, k)
+    everywhere = lambda costs, k: [optimal_codebook._Window(m, 2000 - k + m) for m in range(1, k)]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(optimal_codebook, "_windows", everywhere)
+        np.testing.assert_allclose(optimal_centers(values, k), narrow, rtol=1e-9)
+    for size in (4, 20):
+        monkeypatch.setattr(optimal_codebook, "_GRID", size)
+        np.testing.assert_allclose(optimal_centers(values, k), narrow, rtol=1e-9)
+
+
+def test_weighted_values_are_repeated_values():
+    rng = np.random.default_rng(2)
+    values, counts = rng.normal(size=60), rng.integers(0, 4, size=60)
+    repeated = optimal_centers(np.repeat(values, counts), 5)
+    np.testing.assert_allclose(optimal_centers(values, 5, counts.astype(float)), repeated, rtol=1e-12)
+    with pytest.raises(ValueError, match="weights: negative"):
+        optimal_centers(values, 5, -counts.astype(float))
+
+
+def test_a_cluster_of_few_values_far_out_is_exact():
+    """Plain float32 prefix sums of the million others would be wrong by more than the cluster is wide."""
+    with jax.enable_x64(False):
+        values = np.random.default_rng(0).normal(size=10**6).astype(np.float32)
+        values[:3] = [100.0, 100.25, 100.75]
+        found = AdaptiveCodebook(2).compress(jnp.asarray(values), MU, Codebook(jnp.asarray([0.0, 100.0]), jnp.zeros(1)))
+        assert float(found.centers[1]) == pytest.approx(100.0 + 1 / 3, abs=1e-5)
 
 
 def test_fewer_values_than_centers():
@@ -202,46 +346,151 @@ def test_ternary_against_all_signs():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.01, 0.05, 0.3, 10.0])
-def test_selected_rank_against_all_ranks(alpha):
-    w = weights()
-    found = objective(RankSelection(alpha), w, RankSelection(alpha).compress(w, MU))
+@pytest.mark.parametrize("cost", [1.0, (1.0, 2.0)])
+def test_selected_rank_against_all_ranks_and_dense(alpha, cost):
+    w, form = weights(), RankSelection(alpha, cost)
+    found = value(form, w, form.compress(w, MU))
     s = np.linalg.svd(np.asarray(w), compute_uv=False)
-    every = [alpha * r * 24 + MU / 2 * float(np.sum(s[r:] ** 2)) for r in range(7)]
-    assert found == pytest.approx(min(every), rel=1e-4, abs=1e-5)
+    u, v = cost if isinstance(cost, tuple) else (cost, cost)
+    every = [alpha * r * (6 * u + 18 * v) + MU / 2 * float(np.sum(s[r:] ** 2)) for r in range(6)]
+    assert found == pytest.approx(min(*every, alpha * 108 * u), rel=1e-4, abs=1e-5)
 
 
-def test_reshapings_are_undone():
+def test_the_rank_is_full_at_mu_zero_and_1_at_the_suggested_mu():
+    w, form = weights(), RankSelection(0.3)
+    np.testing.assert_array_equal(form.decompress(form.compress(w, 0.0)), w)
+    assert int(form.compress(w, form.suggested_mu(w) * 0.99).rank) == 0
+    assert int(form.compress(w, form.suggested_mu(w) * 1.01).rank) >= 1
+
+
+def test_schemes():
+    bind = lambda form, layer=LAYER: form.bind(jnp.zeros((layer.n, layer.p)), (layer,))  # noqa: E731
+    assert bind(LowRank(2, "auto")).reshaping.shape((6, 18)) == (12, 9)  # 21 values a rank, not 24
+    assert bind(LowRank(2, "auto"), MatrixShape((), 18, 6)).scheme == "rows"
+    assert bind(LowRank(2, "auto"), MatrixShape((1, 3), 6, 6)).scheme == "rows"
+    assert bind(RankSelection(0.1, scheme="auto"), MatrixShape((), 18, 6)).scheme == "rows"
+    kernel = weights().T.reshape(2, 3, 3, 6)  # (i, j, c, o)
+    matrix = bind(LowRank(2, "spatial")).reshaping.apply(weights())
+    np.testing.assert_array_equal(matrix, jnp.transpose(kernel, (3, 0, 1, 2)).reshape(12, 9))
+
+
+def test_a_form_of_ones_own_needs_five_methods():
+    @dataclass(frozen=True)
+    class Nothing(Compression):
+        def compress(self, target, mu, start=None):
+            return jnp.zeros_like(target)
+
+        def decompress(self, theta):
+            return theta
+
+        def bits(self, theta):
+            return 0
+
+        def encode(self, theta):
+            return np.zeros(0, np.uint8)
+
+        def decode(self, reader, shape):
+            return jnp.zeros(shape)
+
+    form = Additive((Nothing(), PruneL0(12)))
+    theta = form.bind(weights(), (LAYER,)).compress(weights(), MU)
+    assert form.bits(theta) == PruneL0(12).bits(theta[1])
+    assert float(form.penalty(theta)) == 0
+    assert not is_known(form)
+
+
+# What LC-model-compression (bf12c3c) gets wrong.
+
+
+def test_low_rank_of_full_rank_is_the_matrix():
+    """It returns nothing where the rank is not reduced."""
     w = weights()
-    for reshaping in (Reshaping(), SPATIAL):
-        np.testing.assert_array_equal(reshaping.undo(reshaping.apply(w)), w)
-    assert SPATIAL.apply(w).shape == (12, 9)
+    np.testing.assert_allclose(LowRank(6).decompress(LowRank(6).compress(w, MU)), w, atol=1e-5)
+
+
+def test_bits_count_precision_first_gap_and_each_value_once():
+    """It ignores the precision, drops the first gap, and counts every assignment as a parameter."""
+    w = weights()
+    count = lambda form: form.bits(form.compress(w, MU))  # noqa: E731
+    assert count(PruneL0(30)) - count(PruneL0(30, 16)) == 16 * 30
+    assert count(LowRank(2)) - count(LowRank(2, value_bits=16)) == 16 * 2 * 24
+    assert count(AdaptiveCodebook(4)) == 2 * 108 + 4 * 32
+    first, second = jnp.zeros(50).at[40].set(1.0), jnp.zeros(50).at[0].set(1.0)
+    form = PruneL0(1)
+    for theta in (first, second):
+        np.testing.assert_array_equal(form.decode(Reader(form.encode(theta)), (50,)), theta)
+
+
+def test_layers_one_by_one_count_their_bits():
+    """Its mapper has no count methods and cannot be made."""
+    form, w = bound("layers one by one")
+    theta = form.compress(w, MU)
+    own = [part.bits(each) for part, each in zip(form.parts, theta, strict=True)]
+    assert form.bits(theta) == sum(own)
+
+
+@pytest.mark.parametrize("form", [ScaledTernary(), ScaledBinary(), AdaptiveCodebook(3)])
+def test_a_vector_of_several_layers_stays_a_vector(form):
+    """It returns (1, N) for ternary weights."""
+    w = weights().reshape(-1)
+    assert form.decompress(form.compress(w, MU)).shape == w.shape
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1e-3, 0.01, 0.03, 0.1])
+def test_no_rank_above_break_even(alpha):
+    """It never compares with the dense matrix. Here 24 r < 108 only up to rank 4."""
+    form = RankSelection(alpha)
+    theta = form.compress(weights(), MU)
+    assert int(theta.rank) in (0, 1, 2, 3, 4, 6)
+    assert form.bits(theta) <= 3 + 32 * 108
+
+
+def bind(form, n=6):
+    return form.bind(weights(n=n), (LAYER,))
 
 
 BAD = [
     (lambda: PruneL0(-1), "kappa: -1"),
-    (lambda: PruneL0(200).compress(weights(), MU), "kappa: 200 of 108"),
+    (lambda: PruneL0(1.5), "kappa: 1.5 is no number of weights"),
+    (lambda: bind(PruneL0(200)), "kappa: 200 of 108"),
     (lambda: PruneL0(3, 12), "precision: 12"),
     (lambda: PruneL1(-1.0), "kappa: -1"),
     (lambda: PenaltyL1(float("nan")), "alpha: nan"),
-    (lambda: PruneGroups(19).compress(weights(), MU), "kappa: 19 of 18"),
+    (lambda: PenaltyGroups(-1.0), "alpha: -1"),
+    (lambda: bind(PruneGroups(19)), "kappa: 19 of 18"),
+    (lambda: PruneGroups(2, CHANNELS).bind(weights(), (LAYER, LAYER)), "channels of 2 layers"),
+    (lambda: bind(PruneQuantize(3, 4)), "k: 4 values for 3 weights that stay"),
     (lambda: PruneNofM(5, 4), "n, m: 5 of 4"),
-    (lambda: PruneNofM(2, 4).compress(weights(), MU), "m: 4 does not divide"),
+    (lambda: bind(PruneNofM(2, 4)), "m: 4 does not divide"),
     (lambda: AdaptiveCodebook(0), "k: 0"),
-    (lambda: OptimalCodebook(200).compress(weights(), MU), "k: 200 values for 108"),
+    (lambda: bind(OptimalCodebook(200)), "k: 200 values for 108"),
+    (lambda: AdaptiveCodebook(3).bind(jnp.asarray([1.0, 2.0, 1.0]), ()), "of which 2 are distinct"),
     (lambda: fixed_point(0, 1), "bits: 0"),
     (lambda: powers_of_two(-3, 0), "smallest, largest"),
-    (lambda: LowRank(7).compress(weights(), MU), r"rank: 7 of a \(6, 18\) matrix"),
+    (lambda: bind(LowRank(7)), r"rank: 7 of a \(6, 18\) matrix"),
+    (lambda: LowRank(1).bind(weights().reshape(-1), (LAYER,)), "low rank needs one matrix"),
     (lambda: LowRank(1, value_bits=8), "value_bits: 8"),
+    (lambda: LowRank(1, "columns"), "scheme: 'columns'"),
+    (lambda: LowRank(1, "spatial").compress(weights(), MU), r"window: \(\)"),
+    (lambda: PenaltyNuclear(1.0, "auto"), "scheme: 'auto'"),
+    (lambda: Tucker2((2, 0)), r"ranks: \(2, 0\)"),
+    (lambda: bind(Tucker2((7, 2))), r"ranks: \(7, 2\) of a \(6, 6, 3\) tensor; give at most"),
+    (lambda: Tucker2((2, 2)).bind(weights(), (MatrixShape((), 18, 6),)), "one place; use LowRank"),
+    (lambda: Cp(2).bind(weights().reshape(-1), (LAYER, LAYER)), "cp needs one convolution"),
+    (lambda: Cp(0), "rank: 0"),
+    (lambda: Cp(2, sweeps=0), "sweeps, restarts: 0, 2"),
+    (lambda: Cp(2, window=(2, 4)).compress(weights(), MU), r"window: \(2, 4\) does not fit 18 columns"),
     (lambda: RankSelection(-1.0), "alpha: -1"),
-    (lambda: Tucker2((2, 0), (3, 3)), r"ranks: \(2, 0\)"),
-    (lambda: Tucker2((7, 2), (2, 3)).compress(weights(), MU), "give at most"),
-    (lambda: Tucker2((2, 2), (1, 1)), "use LowRank"),
-    (lambda: Cp(0, (3, 3)), "rank: 0"),
-    (lambda: Cp(2, (2, 4)).compress(weights(), MU), r"window: \(2, 4\) does not fit 18 columns"),
-    (lambda: Reshaping("columns"), "scheme: 'columns'"),
-    (lambda: Reshaping("spatial"), "needs the"),
+    (lambda: RankSelection(1.0, (1.0, -2.0)), "cost: -2"),
     (lambda: Additive((PruneL0(1),)), "parts: 1"),
     (lambda: Additive((PruneL0(1), PruneL0(2)), 0), "rounds: 0"),
+    (lambda: bind(Additive((PruneL0(1), PruneL0(109)))), "kappa: 109"),
+    (lambda: OneOf((PruneL0(1),)), "parts: 1"),
+    (lambda: Each(()), "parts: empty"),
+    (lambda: Each((PruneL0(1), PruneL0(2))).bind(weights().reshape(-1), (LAYER,)), "parts: 2 for 1 layers"),
+    (lambda: Each((PruneL0(1),)).compress(weights(), MU), "use it within a joint task"),
+    (lambda: from_spec({"kind": "Path"}), "kind: 'Path' is no compression"),
+    (lambda: from_spec({"kind": "PruneL0", "many": 3}), "kind: 'PruneL0' cannot be made"),
 ]
 
 

@@ -12,6 +12,7 @@ import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
 from unified_approx.calling import forward
 from unified_approx.finetuning import MATCH_RECIPE
+from unified_approx.macs import factored_layers
 from unified_approx.objectives import OutputMatch
 
 RECIPE = ua.Recipe(epochs=3, batch_size=64, augment=None, learning_rate=0.02, weight_decay=0.0)
@@ -33,6 +34,10 @@ def small(digits):
 def whole(digits):
     """Low rank reads every channel, so that none is removed."""
     return ua.compress(digits[0], digits[1][:200], budget=ua.Budget(params=0.1), **{**QUIET, "form": "low_rank"})
+
+
+def executions(network):
+    return {path: layer.execution for path, layer in factored_layers(network).items()}
 
 
 def block_error(original, network, x, name):
@@ -58,6 +63,7 @@ def test_matching_improves_agreement_and_keeps_the_structure(digits, small):
         if jnp.issubdtype(old.dtype, jnp.integer):
             np.testing.assert_array_equal(old, new)
     jax.tree.map(np.testing.assert_array_equal, weights, nnx.state(original))
+    assert executions(done.model) == executions(small.model)
 
 
 def test_matching_a_block_brings_it_nearer_and_leaves_later_layers(digits, whole):

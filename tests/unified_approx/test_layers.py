@@ -368,3 +368,19 @@ def test_other_bad_input_is_refused():
         FactoredConv.from_spec(layer.spec(), {"bias": arrays["bias"], "terms.0.values": arrays["terms.0.values"]})
     with pytest.raises(ValueError, match="kind='tucker'"):
         FactoredConv.from_spec(layer.spec() | {"terms": [{"kind": "tucker", "execution": "x"}]}, arrays)
+
+
+def test_training_avoids_gathers_where_the_product_is_small():
+    def columns(n, share):
+        geometry = Geometry((3, 3), 64, n, (1, 1), "SAME")
+        kept = np.sort(RNG.choice(geometry.matrix_shape.p, int(share * geometry.matrix_shape.p), replace=False))
+        return FactoredConv.from_terms([Columns(normal(n, len(kept)), kept.astype(np.int32))], None, geometry)
+
+    assert columns(16, 0.4).execution == "factored:patches"
+    assert columns(16, 0.4).execution_for_training() == "merged"
+    assert columns(512, 0.1).execution_for_training() == "factored:patches"
+    geometry = Geometry((3, 3), 6, 5, (1, 1), "SAME")
+    low_rank = FactoredConv.from_terms(
+        [LowRank(normal(5, 2), normal(2, 54), np.arange(54, dtype=np.int32))], None, geometry
+    )
+    assert low_rank.execution_for_training() == "factored:channels"

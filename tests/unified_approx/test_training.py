@@ -14,8 +14,9 @@ import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
 from unified_approx.cost import network_cost
 from unified_approx.finetuning import finetune
+from unified_approx.loop import augment_crop_flip
 from unified_approx.norms import fold_batch_norms, insert_batch_norms
-from unified_approx.training import Recipe, augment_crop_flip, train
+from unified_approx.training import Recipe, train
 
 RECIPE = Recipe(epochs=2, batch_size=64, augment=None, learning_rate=0.02)
 

@@ -130,6 +130,12 @@ class ColumnsTerm(TermLayer):
             columns = prod(self.geometry.window) * self.channels.shape[0]
         return prod(output_shape(spatial, self.geometry)) * columns * self.geometry.c_out
 
+    def copies(self, execution: str | None = None) -> int:
+        """By channels: those read, unless all are; by patches: the columns."""
+        if (execution or self.execution) == PATCHES:
+            return sum(self.counts)
+        return self.channels.shape[0] % self.geometry.c_in
+
     def tensors(self) -> dict[str, Shaped[Array, "..."]]:
         """`values` and `indices`; the rest follows from them."""
         return {"values": self.values[...], "indices": self.indices[...]}

@@ -78,6 +78,10 @@ class TermLayer(nnx.Module):
     def macs(self, spatial: Sequence[int], execution: str | None = None) -> int:
         """Multiply-adds for one image of that spatial shape."""
 
+    def copies(self, execution: str | None = None) -> int:
+        """Input values gathered per output position before the product; their derivative is a slow scatter."""
+        return 0
+
     @abstractmethod
     def tensors(self) -> dict[str, Shaped[Array, "..."]]:
         """The stored arrays, named as the fields of `term_type`."""

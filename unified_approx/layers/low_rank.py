@@ -103,6 +103,10 @@ class LowRankTerm(TermLayer):
         second = prod(output_shape(spatial, self.geometry)) * self.geometry.c_out * self.rank
         return self.first.macs(spatial, execution) + second
 
+    def copies(self, execution: str | None = None) -> int:
+        """Those of the first product."""
+        return self.first.copies(execution)
+
     def tensors(self) -> dict[str, Shaped[Array, "..."]]:
         """`u`, `v`, `indices`, `pivots`."""
         first = self.first.tensors()

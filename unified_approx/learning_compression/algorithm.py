@@ -6,92 +6,39 @@ min L(w) subject to w = Delta(theta), by the augmented Lagrangian (algorithm 2) 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from solvers.compressions.base import FLOAT_BITS, Theta
-from unified_approx.checkpoints import Checkpoints
-from unified_approx.learning_compression.l_step import LStep
+from solvers.compressions.base import Theta
+from unified_approx.learning_compression.c_step import c_step, direct, squared_gap, target
+from unified_approx.learning_compression.l_step import LStep, NotFiniteError
 from unified_approx.learning_compression.penalty import Penalty
-from unified_approx.learning_compression.tasks import Piece, Task, Values, parameters_of, resolve, with_values
+from unified_approx.learning_compression.result import LcResult, Step, compressed, make_result
+from unified_approx.learning_compression.run_state import Best, Run, open_store
+from unified_approx.learning_compression.schedules import checked_schedule
+from unified_approx.learning_compression.tasks import Task, resolve
+from unified_approx.pieces import Piece, parameters_of
+
+__all__ = ["LcResult", "LcStoppedError", "Step", "checked_schedule", "lc"]
 
 _TOLERANCE = 1e-4  # relative, of the monitored quantities: they are sums in float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One line of the history; step 0 is direct compression, before any L step.
+class LcStoppedError(FloatingPointError):
+    """An L step diverged.
 
     Attributes:
-        step: number.
-        mu: of this step.
-        loss: training loss of the compressed network, w = Delta(theta); None where nothing measures it.
-        gap: ||w - Delta(theta)|| / ||w||.
-        l_before: loss + penalty before the L step; None for step 0 or where nothing measures it.
-        l_after: after it.
-        c_before: penalty(theta) + mu/2 ||w - dual / mu - Delta(theta)||^2 before the C step.
-        c_after: after it.
-        seconds: of the L step and of the C step.
-        warnings: what the monitors say.
+        result: what the algorithm had reached before.
     """
 
-    step: int
-    mu: float
-    loss: float | None
-    gap: float
-    l_before: float | None = None
-    l_after: float | None = None
-    c_before: float | None = None
-    c_after: float | None = None
-    seconds: tuple[float, float] = (0.0, 0.0)
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LcResult:
-    """A network compressed by the algorithm.
-
-    Attributes:
-        model: the network with w = Delta(theta), of the best step.
-        thetas: what each piece is stored as.
-        pieces: the pieces.
-        history: step by step.
-        best: number of the best step: lowest training loss of the compressed network, the last where none is measured.
-    """
-
-    model: nnx.Module
-    thetas: tuple[Theta, ...]
-    pieces: tuple[Piece, ...]
-    history: tuple[Step, ...]
-    best: int
-    original_bits: int = field(repr=False)
-    free_bits: int = field(repr=False)
-
-    @property
-    def bits(self) -> int:
-        """Of all parameters as stored; those without a task count 32 each."""
-        own = sum(p.compression.bits(t) for p, t in zip(self.pieces, self.thetas, strict=True))
-        return own + self.free_bits
-
-    @property
-    def cr(self) -> float:
-        """Compression ratio: bits, original / compressed."""
-        return self.original_bits / self.bits
-
-
-@dataclass
-class _State:
-    """Everything that a resumed run needs."""
-
-    model: nnx.Module
-    thetas: list[Theta]
-    duals: list[Array]
+    def __init__(self, message: str, result: LcResult):
+        super().__init__(message)
+        self.result = result
 
 
 def lc(
@@ -111,182 +58,163 @@ def lc(
         model: a trained network; it is not changed.
         tasks: what is compressed how; parameters without a task stay free.
         l_step: lowers loss + penalty: `SgdLStep(x, y, schedule)`, or your own.
-        mu_schedule: increasing weights of the penalty.
+        mu_schedule: increasing weights of the penalty, for example `exponential(9e-5, 1.1, 40)`.
         augmented: keep multipliers (the augmented Lagrangian); otherwise the quadratic penalty method.
         measure: training loss of a network, for the monitors and to keep the best; `l_step.measure` if it has one.
         checkpoint_dir: folder from which an interrupted run goes on, and ends with the same network.
         progress: called after every step.
 
+    Returns:
+        The best network, what is stored of it, and the history, which is also where the monitors speak: a C step must
+        not raise its objective, an L step should lower loss + penalty.
+
     Raises:
-        ValueError: tasks that overlap or name nothing, sizes out of range, a schedule that does not increase, or the
-            checkpoints of another run.
-        FloatingPointError: an L step gave a loss or weights that are not finite; the best network so far is stored in
-            `checkpoint_dir`, where there is one.
+        ValueError: tasks that overlap or name nothing, sizes out of range, a schedule that decreases, an L step that
+            returns no network, or the checkpoints of another run.
+        LcStoppedError: an L step gave a loss or weights that are not finite; it holds the best network until then.
     """
-    mus = _checked(mu_schedule)
+    mus = checked_schedule(mu_schedule)
     pieces = resolve(tasks, model)
-    measure = measure or getattr(l_step, "measure", None)
-    values = parameters_of(model)
-    targets = [piece.pack(values) for piece in pieces]
-    thetas = [piece.compression.compress(t, 0.0) for piece, t in zip(pieces, targets, strict=True)]
-    state = _State(nnx.clone(model), thetas, [jnp.zeros_like(t) for t in targets])
-    history = [_direct(state, pieces, measure)]
-    best = (0, list(state.thetas), _parameters(state.model))
-    identity = {"tasks": [repr(task) for task in tasks], "mu": mus, "augmented": augmented}
-    store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, identity)
-    if store is not None and (found := store.latest(_saved(state, best))) is not None:
-        history = [
-            Step(**{**h, "seconds": tuple(h["seconds"]), "warnings": tuple(h["warnings"])}) for h in found["history"]
-        ]
-        state, best = _restored(model, found, _best(history))
-    for step in range(len(history) - 1, len(mus)):
-        line = _one(state, pieces, l_step, mus[step], step, augmented, measure)
-        history.append(line)
-        if _best(history) == line.step:
-            best = (line.step, list(state.thetas), _parameters(state.model))
+    moves = getattr(mu_schedule, "moves_multipliers", lambda step: True)
+    alternation = _Alternation(pieces, l_step, measure or getattr(l_step, "measure", None))
+    run = alternation.begin(model)
+    store = None
+    if checkpoint_dir is not None:
+        settings = {"mu": mus, "moves": [moves(step) for step in range(len(mus))], "augmented": augmented}
+        store = open_store(checkpoint_dir, model, pieces, settings, l_step)
+        run = run.restored(store)
+    for step in range(len(run.history) - 1, len(mus)):
+        mu = mus[step]
+        try:
+            line = alternation.step(run, mu, step, mu if augmented and moves(step) else 0.0)
+        except FloatingPointError as error:
+            where = (
+                f"l_step: step {step + 1} (mu={mu:g}): {error}; lower the learning rate. The result until then: .result"
+            )
+            raise LcStoppedError(where, _result(run, pieces)) from error
+        run.add(line)
         if store is not None:
-            store.save(line.step, _saved(state, best), [asdict(h) for h in history])
+            run.store(store)
         if progress is not None:
             progress(line)
-    number, thetas, free = best
-    values = dict(free)
-    for piece, theta in zip(pieces, thetas, strict=True):
-        values |= piece.decompress(theta)
-    total = sum(value.size for value in values.values())
-    return LcResult(
-        model=with_values(state.model, values),
-        thetas=tuple(thetas),
-        pieces=pieces,
-        history=tuple(history),
-        best=number,
-        original_bits=FLOAT_BITS * total,
-        free_bits=FLOAT_BITS * (total - sum(piece.size for piece in pieces)),
-    )
+    return _result(run, pieces)
 
 
-def _checked(mu_schedule: Sequence[float]) -> list[float]:
-    mus = [float(mu) for mu in mu_schedule]
-    if not mus or not all(np.isfinite(mu) and mu > 0 for mu in mus):
-        raise ValueError(f"mu_schedule: {mus}; give positive numbers")
-    for i, (before, after) in enumerate(zip(mus, mus[1:], strict=False)):
-        if after < before:
-            raise ValueError(
-                f"mu_schedule: it falls from {before:g} to {after:g} at step {i + 1}; give increasing numbers"
-            )
-    return mus
+def _result(run: Run, pieces: tuple[Piece, ...]) -> LcResult:
+    return make_result(run.best_model(), pieces, run.best.thetas, tuple(run.history), run.best.step)
 
 
-def _parameters(model: nnx.Module) -> dict[Any, Array]:
-    return dict(parameters_of(model))
+@dataclass(frozen=True)
+class _Alternation:
+    """What does not change from step to step."""
 
+    pieces: tuple[Piece, ...]
+    l_step: LStep
+    measure: Callable[[nnx.Module], float] | None
 
-def _saved(state: _State, best: tuple[int, list[Theta], Values]) -> dict[str, Any]:
-    now = nnx.state(state.model, nnx.Any(nnx.Param, nnx.BatchStat))
-    return {
-        "now": nnx.to_pure_dict(now),
-        "thetas": state.thetas,
-        "duals": state.duals,
-        "best_thetas": best[1],
-        "best": list(best[2].values()),
-    }
-
-
-def _restored(model: nnx.Module, found: dict[str, Any], number: int) -> tuple[_State, tuple[int, list[Theta], Values]]:
-    now = nnx.clone(model)
-    state = nnx.state(now, nnx.Any(nnx.Param, nnx.BatchStat))
-    nnx.replace_by_pure_dict(state, found["now"])
-    nnx.update(now, state)
-    values = dict(zip(parameters_of(model), found["best"], strict=True))
-    return _State(now, found["thetas"], found["duals"]), (number, found["best_thetas"], values)
-
-
-def _compressed(state: _State, pieces: Sequence[Piece]) -> nnx.Module:
-    values: dict[Any, Array] = {}
-    for piece, theta in zip(pieces, state.thetas, strict=True):
-        values |= piece.decompress(theta)
-    return with_values(state.model, values)
-
-
-def _gap(state: _State, pieces: Sequence[Piece]) -> float:
-    values = parameters_of(state.model)
-    own = [piece.pack(values) for piece in pieces]
-    gaps = sum(
-        float(jnp.sum((w - p.compression.decompress(t)) ** 2))
-        for w, p, t in zip(own, pieces, state.thetas, strict=True)
-    )
-    return float(np.sqrt(gaps / max(sum(float(jnp.sum(w * w)) for w in own), 1e-30)))
-
-
-def _direct(state: _State, pieces: Sequence[Piece], measure: Callable[[nnx.Module], float] | None) -> Step:
-    loss = None if measure is None else measure(_compressed(state, pieces))
-    return Step(step=0, mu=0.0, loss=loss, gap=_gap(state, pieces))
-
-
-def _objective(piece: Piece, theta: Theta, target: Array, mu: float) -> float:
-    gap = jnp.sum((target - piece.compression.decompress(theta)) ** 2)
-    return float(piece.compression.penalty(theta) + mu / 2 * gap)
-
-
-def _one(
-    state: _State,
-    pieces: Sequence[Piece],
-    l_step: LStep,
-    mu: float,
-    step: int,
-    augmented: bool,
-    measure: Callable[[nnx.Module], float] | None,
-) -> Step:
-    """An L step, a C step and the multipliers' step, in place."""
-    clock, notes = time.perf_counter(), []
-    targets = tuple(
-        p.compression.decompress(t) + dual / mu for p, t, dual in zip(pieces, state.thetas, state.duals, strict=True)
-    )
-    penalty = Penalty(jnp.asarray(mu, jnp.float32), targets, tuple(pieces))
-
-    def lagrangian(network: nnx.Module) -> float | None:
-        return None if measure is None else measure(network) + float(penalty(network))
-
-    before = lagrangian(state.model)
-    state.model = l_step(state.model, penalty, step)
-    after = lagrangian(state.model)
-    values = parameters_of(state.model)
-    if not all(bool(jnp.isfinite(value).all()) for value in values.values()) or (
-        after is not None and not np.isfinite(after)
-    ):
-        raise FloatingPointError(
-            f"l_step: step {step + 1} (mu={mu:g}) gave weights or a loss that are not finite; lower the learning rate"
+    def begin(self, model: nnx.Module) -> Run:
+        """Direct compression, and multipliers of zero."""
+        values = parameters_of(model)
+        targets = [piece.pack(values) for piece in self.pieces]
+        thetas = tuple(direct(p.compression, w) for p, w in zip(self.pieces, targets, strict=True))
+        line = Step(
+            step=0,
+            mu=0.0,
+            loss=self._loss(compressed(model, self.pieces, thetas)),
+            own_loss=self._loss(model),
+            gap=self._gap(thetas, targets),
+            penalty=self._penalty_of(thetas),
+            info=self._info(thetas),
         )
-    if before is not None and after is not None and after > before * (1 + _TOLERANCE):
-        notes.append(f"the L step raised loss + penalty from {before:.6g} to {after:.6g}: more epochs or a lower rate")
-    middle = time.perf_counter()
-    aims = [piece.pack(values) - dual / mu for piece, dual in zip(pieces, state.duals, strict=True)]
-    c_before = sum(_objective(p, t, aim, mu) for p, t, aim in zip(pieces, state.thetas, aims, strict=True))
-    state.thetas = [
-        p.compression.compress(aim, mu, theta) for p, aim, theta in zip(pieces, aims, state.thetas, strict=True)
-    ]
-    c_after = sum(_objective(p, t, aim, mu) for p, t, aim in zip(pieces, state.thetas, aims, strict=True))
+        duals = tuple(jnp.zeros_like(w) for w in targets)
+        return Run(nnx.clone(model), thetas, duals, [line], Best.of(0, model, thetas))
+
+    def step(self, run: Run, mu: float, step: int, dual_step: float) -> Step:
+        """An L step, a C step and the multipliers' step, which change `run`."""
+        clock = time.perf_counter()
+        penalty = self._penalty(run, mu)
+        before = self._lagrangian(run.history[-1].own_loss, penalty, run.model)
+        if penalty.pieces:
+            run.model = self._trained(run.model, penalty, step)
+        own_loss = self._loss(run.model)
+        after = self._lagrangian(own_loss, penalty, run.model)
+        if after is not None and not np.isfinite(after):
+            raise NotFiniteError(f"the loss is {after}")
+        middle = time.perf_counter()
+        values = parameters_of(run.model)
+        targets = [piece.pack(values) for piece in self.pieces]
+        c_before, c_after = self._compress(run, targets, mu, dual_step, penalty)
+        return Step(
+            step=step + 1,
+            mu=mu,
+            loss=self._loss(compressed(run.model, self.pieces, run.thetas)),
+            own_loss=own_loss,
+            gap=self._gap(run.thetas, targets),
+            penalty=self._penalty_of(run.thetas),
+            l_before=before,
+            l_after=after,
+            c_before=c_before,
+            c_after=c_after,
+            seconds=(middle - clock, time.perf_counter() - middle),
+            info=self._info(run.thetas),
+            warnings=_warnings(before, after, c_before, c_after),
+        )
+
+    def _penalty(self, run: Run, mu: float) -> Penalty:
+        """Of all pieces but those that a batch norm leaves without any hold: see `Task.norm_after`."""
+        triples = zip(self.pieces, run.thetas, run.duals, strict=True)
+        targets = [(p, target(p.compression, theta, dual, mu)) for p, theta, dual in triples if _is_held(p, theta)]
+        return Penalty(jnp.asarray(mu, jnp.float32), tuple(t for _, t in targets), tuple(p for p, _ in targets))
+
+    def _trained(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
+        new = self.l_step(model, penalty, step)
+        if not isinstance(new, nnx.Module):
+            raise ValueError(f"l_step: it returned a {type(new).__name__}; return the network")
+        if not all(bool(jnp.isfinite(value).all()) for value in parameters_of(new).values()):
+            raise NotFiniteError("there are weights that are not finite")
+        return new
+
+    def _compress(
+        self, run: Run, targets: Sequence[Array], mu: float, dual_step: float, penalty: Penalty
+    ) -> tuple[float, float]:
+        """C steps and multipliers; the objectives' sum before and after."""
+        done = []
+        for piece, w, dual, theta in zip(self.pieces, targets, run.duals, run.thetas, strict=True):
+            held = float(piece in penalty.pieces)
+            done.append(c_step(piece.compression, w, held * dual, mu, theta, held * dual_step))
+        run.thetas, run.duals = (tuple(own) for own in zip(*((d.theta, d.dual) for d in done), strict=True))
+        return float(sum(d.before for d in done)), float(sum(d.after for d in done))
+
+    def _loss(self, model: nnx.Module) -> float | None:
+        return None if self.measure is None else float(self.measure(model))
+
+    def _lagrangian(self, loss: float | None, penalty: Penalty, model: nnx.Module) -> float | None:
+        return None if loss is None else loss + float(penalty(model))
+
+    def _gap(self, thetas: Sequence[Theta], targets: Sequence[Array]) -> float:
+        """||w - Delta(theta)|| / ||w||."""
+        pairs = [squared_gap(p.compression, t, w) for p, t, w in zip(self.pieces, thetas, targets, strict=True)]
+        gap, size = (float(sum(part)) for part in zip(*pairs, strict=True))
+        return float(np.sqrt(gap / max(size, 1e-30)))
+
+    def _penalty_of(self, thetas: Sequence[Theta]) -> float:
+        return float(sum(p.compression.penalty(theta) for p, theta in zip(self.pieces, thetas, strict=True)))
+
+    def _info(self, thetas: Sequence[Theta]) -> tuple[dict, ...]:
+        return tuple(p.compression.info(theta) for p, theta in zip(self.pieces, thetas, strict=True))
+
+
+def _is_held(piece: Piece, theta: Theta) -> bool:
+    return not piece.norm_after or bool(jnp.any(piece.compression.decompress(theta) != 0))
+
+
+def _warnings(l_before: float | None, l_after: float | None, c_before: float, c_after: float) -> tuple[str, ...]:
+    """What the monitors of the LC papers say: both steps must lower what they minimise."""
+    notes = []
+    if l_before is not None and l_after is not None and l_after > l_before * (1 + _TOLERANCE):
+        notes.append(
+            f"the L step raised loss + penalty from {l_before:.6g} to {l_after:.6g}: more epochs or a lower rate"
+        )
     if c_after > c_before * (1 + _TOLERANCE) + 1e-12:
         notes.append(f"the C step raised its objective from {c_before:.6g} to {c_after:.6g}")
-    if augmented:
-        state.duals = [
-            dual - mu * (p.pack(values) - p.compression.decompress(theta))
-            for p, dual, theta in zip(pieces, state.duals, state.thetas, strict=True)
-        ]
-    return Step(
-        step=step + 1,
-        mu=mu,
-        loss=None if measure is None else measure(_compressed(state, pieces)),
-        gap=_gap(state, pieces),
-        l_before=before,
-        l_after=after,
-        c_before=c_before,
-        c_after=c_after,
-        seconds=(middle - clock, time.perf_counter() - middle),
-        warnings=tuple(notes),
-    )
-
-
-def _best(history: Sequence[Step]) -> int:
-    """Number of the step of lowest loss, the first of equals; the last where none is measured."""
-    known = [line for line in history if line.loss is not None]
-    return min(known, key=lambda line: (line.loss, line.step)).step if known else history[-1].step
+    return tuple(notes)

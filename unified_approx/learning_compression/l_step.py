@@ -1,8 +1,8 @@
-"""L steps: training with the penalty added to the loss, epochs compiled as a whole."""
+"""L steps: training with the penalty added to the loss, compiled as a whole where the network allows it."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,26 +10,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from unified_approx.calling import Call, forward
 from unified_approx.learning_compression.penalty import Penalty
+from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
+from unified_approx.objectives import CrossEntropy, Objective
 
-Loss = Callable[[Float[Array, "batch classes"], Int[Array, " batch"]], Float[Array, ""]]
+_INDEX_BYTES = 2**26  # of the examples' numbers of one call
+_MEASURED = 1000  # examples at a time
+
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
 @runtime_checkable
 class LStep(Protocol):
-    """Anything that improves a network: `(model, penalty, step) -> model`. Add `penalty(model)` to your loss."""
+    """Anything that improves a network: `(model, penalty, step) -> model`. Add `penalty(model)` to your loss.
+
+    Two more things are used where there are: `measure(model)`, the loss of a network without penalty, and `identity`,
+    JSON-able, which must be the same for a run to be resumed.
+    """
 
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
-        """A network of lower loss(model) + penalty(model), started from `model`."""
+        """A network of lower loss(model) + penalty(model), started from `model`, which may be changed in place.
+
+        Args:
+            model: the network.
+            penalty: of this step.
+            step: number of the step, from 0. Anything random should follow from it, for runs that are resumed.
+        """
         ...
 
 
-def cross_entropy(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, ""]:
-    """Mean over the batch, in nats."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+class NotFiniteError(FloatingPointError):
+    """An L step diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +52,13 @@ class Schedule:
 
     Attributes:
         epochs: of every L step.
-        first_epochs: of the first one; None: the same.
+        first_epochs: of the first one, 0 to skip it; None: the same.
         batch_size: examples per update.
         learning_rate: of the first epoch.
         decay: factor on the learning rate, per L step, or per epoch with `restart`.
         restart: begin every L step with `learning_rate` again.
         momentum: of Nesterov's SGD.
-        seed: of the order of the examples.
+        seed: of the order of the examples and the augmentation.
     """
 
     epochs: int = 10
@@ -60,8 +74,13 @@ class Schedule:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; give at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: {self.learning_rate}; give a positive number")
+        if self.first_epochs is not None and self.first_epochs < 0:
+            raise ValueError(f"first_epochs: {self.first_epochs}; give at least 0")
+        for name in ("learning_rate", "decay"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; give a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: {self.momentum} is not in [0, 1)")
 
     def length(self, step: int) -> int:
         """Epochs of an L step, counted from 0."""
@@ -72,85 +91,129 @@ class Schedule:
         return self.learning_rate * self.decay ** (epoch if self.restart else step)
 
 
-class SgdLStep:
-    """Our L step: SGD with Nesterov's momentum on the loss of labelled examples, data and all on the device.
+def _as_given(x: Array) -> Array:
+    return x
 
-    The norm of the gradient of the penalty is mu ||w - target||: the learning rate is kept below 1 / mu.
+
+class SgdLStep:
+    """Our L step: SGD with Nesterov's momentum on labelled examples, data and all on the device.
+
+    The curvature of the penalty is mu: the learning rate is kept below 1 / mu, as the LC papers do.
     """
 
     def __init__(
         self,
         x: Shaped[np.ndarray | Array, "examples ..."],
-        y: Int[np.ndarray | Array, " examples"],
+        y: Int[np.ndarray | Array, " labels"],
         schedule: Schedule = Schedule(),
         *,
-        loss: Loss = cross_entropy,
-        optimizer: Callable[[float], optax.GradientTransformation] | None = None,
+        objective: Objective | None = None,
+        teacher: nnx.Module | None = None,
+        optimizer: MakeOptimizer | None = None,
+        augment: str | None = None,
+        prepare: Prepare = _as_given,
+        measured: int | None = None,
         call: Call = forward,
     ):
         """Put the data on the device.
 
         Args:
-            x: as the network takes them.
+            x: images as the augmentation wants them, or what the network takes.
             y: labels.
             schedule: how long and how fast.
-            loss: of the outputs and labels of a batch.
+            objective: what is minimised; None: cross entropy with the labels.
+            teacher: network whose answers an objective may read, in evaluation mode.
             optimizer: of a learning rate, in place of Nesterov's SGD.
-            call: how the network is called.
+            augment: "crop_flip" pads images by 4, crops and mirrors them at random.
+            prepare: makes the network's input of a batch, on the device.
+            measured: examples that `measure` looks at, the first ones; None: all.
+            call: how the networks are called.
+
+        Raises:
+            ValueError: labels that do not fit, an objective whose teacher is missing, or nothing to measure on.
         """
-        if np.shape(y) != (len(x),):
-            raise ValueError(f"y: of shape {np.shape(y)}; give one label for each of the {len(x)} examples")
-        self.data = jnp.asarray(x), jnp.asarray(y)
-        self.schedule, self._loss, self._call = schedule, loss, call
+        if np.shape(y) != (len(x),) or not np.issubdtype(np.asarray(y).dtype, np.integer):
+            raise ValueError(f"y: {np.asarray(y).dtype} {np.shape(y)}; give an integer for each of {len(x)} examples")
+        objective = objective or CrossEntropy(distill=0.0 if teacher is None else 0.5)
+        if objective.needs_teacher and teacher is None:
+            raise ValueError(f"teacher: None; {type(objective).__name__} imitates a network, give it")
+        if measured is not None and measured < 1:
+            raise ValueError(f"measured: {measured} examples; give at least 1, or None for all")
+        if augment not in (None, "crop_flip"):
+            raise ValueError(f"augment: {augment!r} is unknown; give 'crop_flip' or None")
+        self.schedule, self._prepare, self._call, self._augment = schedule, prepare, call, augment is not None
+        self._objective, self._measured = objective, min(len(x), measured or len(x))
+        self._data = jnp.asarray(x), jnp.asarray(y)
+        self._teacher = (None, None) if teacher is None else nnx.split(_evaluating(teacher))
         momentum = schedule.momentum
         make = optimizer or (lambda rate: optax.sgd(rate, momentum=momentum, nesterov=True))
         named = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))
         self._optimizer = named(learning_rate=schedule.learning_rate)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed."""
+        known = {"objective": repr(self._objective), "augment": self._augment, "examples": len(self._data[0])}
+        return {**asdict(self.schedule), **known}
+
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
-        """See `LStep`."""
+        """See `LStep`.
+
+        Raises:
+            NotFiniteError: the loss is not finite any more.
+        """
         own = nnx.clone(model)
-        own.train()
-        graphdef, params, rest, fixed = nnx.split(own, nnx.Param, nnx.BatchStat, ...)
-        carry = (params, rest, self._optimizer.init(params))
-        size = min(self.schedule.batch_size, len(self.data[0]))
-        for epoch in range(self.schedule.length(step)):
-            order = np.random.default_rng((self.schedule.seed, step, epoch)).permutation(len(self.data[0]))
-            index = jnp.asarray(order[: len(order) // size * size].reshape(-1, size))
-            rate = min(self.schedule.rate(step, epoch), 1 / max(float(penalty.mu), 1e-30))
-            carry = self._epoch(graphdef, fixed, carry, penalty, jnp.asarray(rate, jnp.float32), self.data, index)
-        new = nnx.merge(graphdef, carry[0], carry[1], fixed)
+        own.train() if self._objective.training_mode else own.eval()
+        graphdef, params, moving, fixed = nnx.split(own, nnx.Param, MOVING, ...)
+        loop = self._loop(graphdef, runs_in_loops(own))
+        inputs = Inputs(*self._data, self._teacher[1], fixed, penalty)
+        params, moving = jax.tree.map(jnp.copy, (params, moving))  # steps consume what they are given
+        carry = Carry(params, moving, self._optimizer.init(params), jax.random.key(self.schedule.seed + 1000003 * step))
+        per_call = max(1, _INDEX_BYTES // (4 * len(self._data[0])))
+        epochs = range(self.schedule.length(step))
+        for start in epochs[::per_call]:
+            each = [self._epoch(penalty, step, epoch) for epoch in epochs[start : start + per_call]]
+            order, rates = (np.concatenate(part) for part in zip(*each, strict=True))
+            carry, losses = loop.steps(inputs, carry, order, rates)
+            _check_finite(np.asarray(losses), len(each[0][0]), start)
+        new = nnx.merge(graphdef, carry.params, carry.moving, fixed)
         new.eval()
         return new
 
-    @partial(jax.jit, static_argnums=(0, 1))
-    def _epoch(
-        self, graphdef: Any, fixed: Any, carry: tuple, penalty: Penalty, rate: Array, data: tuple, index: Array
-    ) -> tuple:
-        def loss(params: Any, rest: Any, x: Array, y: Array) -> tuple:
-            model = nnx.merge(graphdef, params, rest, fixed, copy=True)
-            value = self._loss(self._call(model, x), y) + penalty(model)
-            return value, nnx.split(model, nnx.Param, nnx.BatchStat, ...)[2]
+    def _loop(self, graphdef: Any, in_one_call: bool) -> Loop:
+        arguments = (self._augment, self._optimizer, self._prepare, self._call, in_one_call)
+        return Loop(graphdef, self._teacher[0], self._objective, *arguments)
 
-        def update(carry: tuple, rows: Array) -> tuple:
-            params, rest, state = carry
-            state.hyperparams["learning_rate"] = rate
-            gradient, rest = jax.grad(loss, has_aux=True)(params, rest, data[0][rows], data[1][rows])
-            change, state = self._optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, change), rest, state), None
-
-        return jax.lax.scan(update, carry, index)[0]
+    def _epoch(self, penalty: Penalty, step: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the examples of each batch, and the learning rates."""
+        count = len(self._data[0])
+        size = min(self.schedule.batch_size, count)
+        order = np.random.default_rng((self.schedule.seed, step, epoch)).permutation(count)
+        batches = order[: count // size * size].reshape(-1, size).astype(np.int32)
+        rate = min(self.schedule.rate(step, epoch), 1 / max(float(penalty.mu), 1e-30))
+        return batches, np.full(len(batches), rate, np.float32)
 
     def measure(self, model: nnx.Module) -> float:
-        """Mean loss of a network on the data."""
-        clone = nnx.clone(model)
-        clone.eval()
-        return float(self._measure(*nnx.split(clone), self.data))
+        """Mean of the objective of a network, in evaluation mode, on the unaugmented data."""
+        graphdef, params, moving, fixed = nnx.split(_evaluating(model), nnx.Param, MOVING, ...)
+        loop = self._loop(graphdef, runs_in_loops(model))
+        inputs = Inputs(*self._data, self._teacher[1], fixed)
+        ends = [*range(0, self._measured, _MEASURED), self._measured]
+        total = 0.0
+        for a, b in itertools.pairwise(ends):
+            x, y = (part[a:b] for part in self._data)
+            total += (b - a) * loop.judge(inputs, params, moving, x, y)
+        return float(total) / self._measured
 
-    @partial(jax.jit, static_argnums=(0, 1))
-    def _measure(self, graphdef: Any, state: Any, data: tuple) -> Array:
-        size = min(1000, len(data[0]))
-        whole = len(data[0]) // size * size
-        parts = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), data)
-        each = jax.lax.map(lambda part: self._loss(self._call(nnx.merge(graphdef, state), part[0]), part[1]), parts)
-        return jnp.mean(each)
+
+def _check_finite(losses: np.ndarray, per_epoch: int, first_epoch: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        epoch, batch = divmod(int(bad[0]), per_epoch)
+        raise NotFiniteError(f"the loss is {losses[bad[0]]} in batch {batch + 1} of epoch {first_epoch + epoch + 1}")
+
+
+def _evaluating(model: nnx.Module) -> nnx.Module:
+    clone = nnx.clone(model)
+    clone.eval()
+    return clone

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from unified_approx.learning_compression.tasks import Piece, parameters_of
+from unified_approx.pieces import Piece, parameters_of
 
 
 @jax.tree_util.register_dataclass

@@ -2,22 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from solvers.compressions import Compression
-from solvers.compressions.base import Theta
-from unified_approx.assemble import modules
-from unified_approx.im2col import kernel_to_matrix
+from unified_approx.assemble import get
+from unified_approx.pieces import Piece, Values, parameters_of, with_values
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
 
-Values = Mapping[Path, Float[Array, "..."]]
-"""Parameters by path."""
+__all__ = ["Piece", "Task", "Values", "assigned", "kernels_of", "parameters_of", "resolve", "with_values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +20,21 @@ class Task:
     """One compression of the parameters that a pattern names.
 
     Attributes:
-        path: regular expression for whole names: of layers, whose kernels are meant, or of parameters such as
-            `fc1/bias` or `conv1/terms/0/u`.
+        path: regular expression for whole names: of layers, whose kernels are meant. One that names no layer is for
+            parameters, such as `fc1/bias` or `conv1/terms/0/u`.
         compression: of `solvers.compressions`.
         view: "matrix": each kernel as its (n, p) matrix; "vector": as one row of numbers.
-        joint: all parameters named are one vector: one codebook, or one number of weights, for all of them.
+        joint: all parameters named are one vector: one codebook, or one number of weights, for all of them. A form in
+            `Each` still sees the layers one by one, as matrices.
+        norm_after: a batch norm follows these layers. One that is compressed to nothing (rank 0) is then left out of
+            penalty and multipliers: the norm undoes any shrinking on the way.
     """
 
     path: str
     compression: Compression
     view: str = "matrix"
     joint: bool = False
+    norm_after: bool = False
 
     def __post_init__(self) -> None:
         check_pattern("tasks", self.path)
@@ -45,77 +44,40 @@ class Task:
             raise ValueError(f"tasks: {self.path!r} is joint, which only vectors can be; give view='vector'")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Parameters that are one target of a C step.
-
-    Attributes:
-        name: for reports.
-        compression: likewise.
-        paths: of the parameters.
-        shapes: theirs.
-        matrix: whether the one parameter is seen as a matrix.
-        is_kernel: whether it is a layer's kernel, whose last axis are the outputs.
-    """
-
-    name: str
-    compression: Compression
-    paths: tuple[Path, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    matrix: bool
-    is_kernel: bool
-
-    @property
-    def size(self) -> int:
-        """Weights in all."""
-        return sum(prod(shape) for shape in self.shapes)
-
-    def pack(self, values: Values) -> Float[Array, "..."]:
-        """What the compression sees."""
-        if self.matrix:
-            value = values[self.paths[0]]
-            return kernel_to_matrix(value) if self.is_kernel else value.reshape(value.shape[0], -1)
-        return jnp.concatenate([values[path].reshape(-1) for path in self.paths])
-
-    def unpack(self, target: Float[Array, "..."]) -> dict[Path, Float[Array, "..."]]:
-        """The parameters, from what the compression sees."""
-        if self.matrix:
-            shape = self.shapes[0]
-            return {self.paths[0]: (target.T if self.is_kernel else target).reshape(shape)}
-        found, start = {}, 0
-        for path, shape in zip(self.paths, self.shapes, strict=True):
-            found[path] = target[start : start + prod(shape)].reshape(shape)
-            start += prod(shape)
-        return found
-
-    def decompress(self, theta: Theta) -> dict[Path, Float[Array, "..."]]:
-        """The parameters that theta stands for."""
-        return self.unpack(self.compression.decompress(theta))
-
-
-def parameters_of(model: nnx.Module) -> dict[Path, Float[Array, "..."]]:
-    """All `nnx.Param`s by path, each once."""
-    return {tuple(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
 def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
-    """The targets of the C steps.
+    """The targets of the C steps, their compressions bound to the layers.
+
+    Raises:
+        ValueError: no tasks, one that names nothing, two that name the same parameter, or a size out of range.
+    """
+    values = parameters_of(model)
+    kernels = kernels_of(model)
+    return tuple(_bound(_piece(task, group, values, kernels), values) for task, group in assigned(tasks, model))
+
+
+def kernels_of(model: nnx.Module) -> set[Path]:
+    """The parameters that are kernels of convolutions and dense layers."""
+    return {path for path in parameters_of(model) if path[-1] == "kernel" and _is_layer(model, path[:-1])}
+
+
+def assigned(tasks: Sequence[Task], model: nnx.Module) -> list[tuple[Task, tuple[Path, ...]]]:
+    """For each target of a C step its task and its parameters.
 
     Raises:
         ValueError: no tasks, one that names nothing, or two that name the same parameter.
     """
     if not tasks:
         raise ValueError("tasks: empty; give at least one Task")
-    values = parameters_of(model)
-    layers = {path for path, module in modules(model).items() if isinstance(module, nnx.Conv | nnx.Linear)}
-    names = {path_name(path): path for path in values}
-    names |= {path_name(path): (*path, "kernel") for path in layers}
+    values, kernels = parameters_of(model), kernels_of(model)
+    layers = {path_name(path[:-1]): path for path in values if path in kernels}
+    parameters = {path_name(path): path for path in values}
     owner: dict[Path, Task] = {}
-    pieces = []
+    found: list[tuple[Task, tuple[Path, ...]]] = []
     for task in tasks:
-        paths = tuple(dict.fromkeys(path for name, path in names.items() if re.fullmatch(task.path, name)))
+        paths = _matching(task.path, layers) or _matching(task.path, parameters)
         if not paths:
-            raise ValueError(f"tasks: {task.path!r} names no parameter; there are: {', '.join(sorted(names))}")
+            known = ", ".join([*layers, *parameters])
+            raise ValueError(f"tasks: {task.path!r} names no layer and no parameter; there are: {known}")
         for path in paths:
             if path in owner:
                 raise ValueError(
@@ -123,22 +85,28 @@ def resolve(tasks: Sequence[Task], model: nnx.Module) -> tuple[Piece, ...]:
                     "and use Additive for a sum of compressions"
                 )
             owner[path] = task
-        groups = [paths] if task.joint else [(path,) for path in paths]
-        pieces += [_piece(task, group, values, layers) for group in groups]
-    return tuple(pieces)
+        found += [(task, group) for group in ([paths] if task.joint else [(path,) for path in paths])]
+    return found
 
 
-def _piece(task: Task, paths: tuple[Path, ...], values: Values, layers: set[Path]) -> Piece:
-    is_kernel = paths[0][:-1] in layers and paths[0][-1] == "kernel"
-    name = path_name(paths[0][:-1] if is_kernel else paths[0]) if len(paths) == 1 else task.path
+def _matching(pattern: str, names: Mapping[str, Path]) -> tuple[Path, ...]:
+    return tuple(path for name, path in names.items() if re.fullmatch(pattern, name))
+
+
+def _is_layer(model: nnx.Module, path: Path) -> bool:
+    return isinstance(get(model, path), nnx.Conv | nnx.Linear)
+
+
+def _piece(task: Task, paths: tuple[Path, ...], values: Values, kernels: set[Path]) -> Piece:
+    is_kernel = tuple(path in kernels for path in paths)
+    name = path_name(paths[0][:-1] if is_kernel[0] else paths[0]) if len(paths) == 1 else task.path
     matrix = task.view == "matrix" and values[paths[0]].ndim > 1
     shapes = tuple(values[path].shape for path in paths)
-    return Piece(name, task.compression, paths, shapes, matrix, is_kernel)
+    return Piece(name, task.compression, paths, shapes, is_kernel, matrix, task.norm_after)
 
 
-def with_values(model: nnx.Module, values: Values) -> nnx.Module:
-    """A copy of the network with these parameters."""
-    new = nnx.clone(model)
-    flat = dict(nnx.to_flat_state(nnx.state(new, nnx.Param)))
-    nnx.update(new, nnx.from_flat_state({path: flat[path].replace(value) for path, value in values.items()}))
-    return new
+def _bound(piece: Piece, values: Values) -> Piece:
+    try:
+        return replace(piece, compression=piece.compression.bind(piece.pack(values), piece.layers))
+    except ValueError as error:
+        raise ValueError(f"tasks: {piece.name}: {error}") from error

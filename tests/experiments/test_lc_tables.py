@@ -1,0 +1,94 @@
+"""The tables of the LC algorithm: what they measure, how they are summed up, and that finished rows stay."""
+
+import lc_cifar
+import lc_lenet300 as table
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from solvers.compressions import AdaptiveCodebook, Additive, LowRank, OneOf, PruneGroups, PruneL0, RankSelection
+from unified_approx import zoo
+from unified_approx.report import LayerRow
+from unified_approx.results import read_rows
+
+
+@pytest.fixture(scope="module")
+def lenet(tmp_path_factory, data_dir, models_dir):
+    folder = tmp_path_factory.mktemp("lc")
+    where = ["--data", str(data_dir), "--models", str(models_dir), "--work-dir", str(folder / "work")]
+    arguments = [*where, "--json", str(folder / "r.json"), "--row", "mix", "--row", "sparse_low_rank"]
+    app = table.typer.Typer()
+    app.command()(table.main)
+    run = lambda *more: CliRunner().invoke(app, [*arguments, "--quick", "--seeds", "1", *more])  # noqa: E731
+    done = run()
+    assert done.exit_code == 0, done.output
+    return run, folder / "r.json"
+
+
+def test_rows_and_their_summary(lenet):
+    rows = read_rows(lenet[1])
+    own, lines = [row for row in rows if "history" in row], [row for row in rows if row["part"] == "summary"]
+    assert [row["name"] for row in own] == ["mix", "sparse_low_rank"] == [line["name"] for line in lines]
+    for row in own:
+        assert row["error"] == pytest.approx(100 - row["accuracy"])
+        assert row["bits"] / 8 < row["file_bytes"] < row["bits"] / 8 + 10_000
+        assert len(row["history"]) == 1 + table.QUICK_STEPS
+    assert own[0]["info"] == [{"kept": 5000}, {"rank": 10}, own[0]["info"][2]]
+    assert own[1]["macs_ratio"] > 5
+
+
+def test_finished_rows_are_not_made_again(lenet, monkeypatch):
+    run, file = lenet
+    before = read_rows(file)
+    monkeypatch.setattr(table, "row_of", None)
+    assert run().exit_code == 0
+    assert read_rows(file) == before
+
+
+def test_a_wrong_row_is_named(lenet):
+    done = lenet[0]("--row", "half")
+    assert done.exit_code == 2
+    assert "half" in done.output
+
+
+def test_means_are_judged_by_the_published_errors():
+    common = {"cr": 4.0, "bits": 8, "file_bytes": 2, "seconds": 1.0, "budget": "b"}
+    rows = [{**common, "name": "prune", "error": e, "published_error": 2.18} for e in (2.0, 2.2, 2.4)]
+    rows += [{**common, "name": "mix", "error": 1.0, "published_error": 2.13}]
+    rows += [{**common, "name": "low_rank", "error": 1.0, "published_error": None}]
+    lines = table.summary(rows)
+    assert [(line["name"], line["seeds"]) for line in lines] == [("prune", 3), ("mix", 1), ("low_rank", 1)]
+    assert lines[0]["error"] == pytest.approx(2.2)
+    assert lines[0]["std"] == pytest.approx(0.2)
+    assert {name: check["holds"] for name, check in table.checks_of(lines).items()} == {"prune": False, "mix": True}
+
+
+def test_forms_of_the_cifar_rows():
+    model, x = zoo.create("resnet20"), np.zeros((0, 32, 32, 3), np.float32)
+    asked = {"alpha": 1e-9, "budget": "macs=0.5", "share": 0.3, "k": 8}
+    tasks = {form: lc_cifar.Asked(form, **asked).tasks(model, x, 0) for form in ("prune", "quantize")}
+    assert [task.compression for task in tasks["prune"]] == [PruneL0(0.3)]
+    assert [task.compression for task in tasks["quantize"]] == [AdaptiveCodebook(8)]
+
+
+def test_selected_ranks_are_priced_and_leave_first_and_last_layer_alone():
+    model = zoo.create("resnet20")
+    asked = lc_cifar.Asked("select_rank", 1e-9, "macs=0.5", 0.3, 8)
+    tasks = asked.tasks(model, np.zeros((2, 32, 32, 3), np.float32), 0)
+    assert len(tasks) == 18
+    for task in tasks:
+        assert isinstance(task.compression, OneOf)
+        assert all(isinstance(part, RankSelection) and part.alpha == 1e-9 for part in task.compression.parts)
+        assert task.norm_after
+
+
+def test_as_much_of_both_parts_as_a_layer_was_given():
+    def form(columns, rank):
+        return lc_cifar._form_of(
+            LayerRow(name="a", kind="conv", shape=(4, 9), status="compressed", kept_columns=columns, rank=rank)
+        )
+
+    assert form(3, 2) == Additive((LowRank(2), PruneGroups(3)))
+    assert form(3, 0) == PruneGroups(3)
+    assert form(0, 2) == LowRank(2)
+    assert form(0, 0) is None
