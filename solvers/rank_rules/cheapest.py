@@ -46,6 +46,8 @@ class Cheapest:
         ranks = self._grid(problem) if problem.form == "tucker2" else self._pair(problem)
         if min(ranks) == 0:
             return RankChoice(None, "the price is above what any rank is worth (rank 0): left as it is")
+        if problem.form != "tucker2" and ranks == full_ranks(problem.form, problem.shape):
+            return RankChoice(None, "no rank is cheaper than the dense layer: left as it is")
         return RankChoice(tuple(min(r, most) for r, most in zip(ranks, problem.largest, strict=True)))
 
     def _pair(self, problem: RankProblem) -> Ranks:

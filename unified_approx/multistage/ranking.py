@@ -26,13 +26,14 @@ Labelled = tuple[Any, Shaped[np.ndarray, " examples"]]
 
 def factor_positions(form: str, geometry: Geometry, spatial: Sequence[int]) -> tuple[float, ...]:
     """Output positions of each factor of a form, on an input of that spatial shape."""
-    before, out = prod(spatial), prod(output_shape(spatial, geometry))
+    low = output_shape(spatial, geometry)
+    before, out = float(prod(spatial)), float(prod(low))
     if form == "low_rank":
         return (out, out)
     if form == "spatial":
-        return (spatial[0] * output_shape(spatial, geometry)[1], out)
+        return (float(spatial[0] * low[1]), out)
     if form == "cp4":
-        return (before, output_shape(spatial, geometry)[0] * spatial[1], out, out)
+        return (before, float(low[0] * spatial[1]), out, out)
     return (before, out, out)
 
 
