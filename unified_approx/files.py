@@ -15,7 +15,11 @@ def replacing(target: str | PathLike[str]) -> Iterator[Path]:
     """A file beside `target` to write to; it takes the target's place when the block ends without an error."""
     final = Path(target)
     partial = final.with_name(final.name + ".partial")
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(final)
 
 

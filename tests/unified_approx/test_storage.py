@@ -13,12 +13,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from solvers.terms import Columns, LowRank, Spatial
-from unified_approx import storage, zoo
+from unified_approx import description, storage, zoo
 from unified_approx.assemble import Identity
 from unified_approx.cost import network_cost
+from unified_approx.description import Network
 from unified_approx.im2col import Geometry
 from unified_approx.layers import FactoredConv, FactoredLinear, geometry_of
-from unified_approx.storage import Network, load, read_header, save, serialize
+from unified_approx.storage import load, read_header, save, serialize
 
 RNG = np.random.default_rng(0)
 
@@ -55,7 +56,7 @@ def filled(width=6):
     model = abstract(width)
     state = nnx.state(model, nnx.Not(nnx.RngState))
     nnx.update(model, jax.tree.map(lambda s: jnp.asarray(np.abs(normal(*s.shape)), s.dtype), state))
-    storage._fill_generators(model)
+    description._fill_generators(model)
     return model
 
 
@@ -206,10 +207,10 @@ def test_zoo_network_loads_by_itself_in_a_new_process(tmp_path):
 def test_a_network_that_is_not_quite_the_zoos_is_not_taken_for_it():
     model: Any = zoo.create("lenet300")
     model.activation = "relu"
-    assert storage._find_in_zoo(model) == Network("lenet300", {"activation": "relu"})
+    assert description._find_in_zoo(model) == Network("lenet300", {"activation": "relu"})
     model.fc1.use_bias = False
-    assert storage._find_in_zoo(model) is None
-    assert storage._find_in_zoo(compressed()) is None
+    assert description._find_in_zoo(model) is None
+    assert description._find_in_zoo(compressed()) is None
 
 
 def test_single_layer_network(tmp_path):
@@ -308,7 +309,7 @@ def test_a_damaged_report_is_refused(saved, tmp_path):
 
 def test_unknown_module_kinds_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="kind 'Tucker'"):
-        storage._rebuild({"kind": "Tucker", "homes": [["conv"]]}, {})
+        description._rebuild({"kind": "Tucker", "homes": [["conv"]]}, {})
 
 
 def test_bad_arguments_are_refused(tmp_path, monkeypatch):
