@@ -171,6 +171,45 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """Few different values: code 0 is zero, code i the i-th value."""
+
+    values: Float32[np.ndarray, " k"]
+    codes: Int32[np.ndarray, "n p"]
+
+    @property
+    def num_params(self) -> int:
+        """Stored values."""
+        return self.values.size
+
+    def index_bits(self, shape: MatrixShape) -> int:
+        """The codes, all of the same width."""
+        return self.codes.size * max(1, ceil(log2(len(self.values) + 1)))
+
+    def matrix(self, shape: MatrixShape) -> Float32[np.ndarray, "n p"]:
+        """Every entry's value."""
+        return np.pad(self.values, (1, 0))[self.codes]
+
+    def with_rows_scaled(self, scale: Float32[np.ndarray, " n"]) -> "Dense | Codebook":
+        """Scale the values if all rows are scaled alike; otherwise there are too many of them."""
+        if np.all(scale == scale[0]):
+            return Codebook(self.values * scale[0], self.codes)
+        return Dense(np.pad(self.values, (1, 0))[self.codes] * scale[:, None])
+
+    def with_rows(self, kept: Int[np.ndarray, " k"]) -> "Codebook":
+        """Take the rows."""
+        return Codebook(self.values, self.codes[kept])
+
+    def channels_read(self, shape: MatrixShape) -> Bool[np.ndarray, " c_in"]:
+        """Those with an entry that is not zero."""
+        return channels_of(np.any(np.pad(self.values, (1, 0))[self.codes], axis=0), shape.c_in)
+
+    def with_channels(self, kept: Int[np.ndarray, " k"], shape: MatrixShape) -> "Codebook":
+        """Take the columns."""
+        return Codebook(self.values, self.codes[:, moved(np.arange(shape.p), kept, shape.c_in)[0]])
+
+
+@dataclass(frozen=True)
 class LowRank:
     """u v with v on the columns `indices` only.
 

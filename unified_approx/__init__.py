@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from unified_approx.rules import Rule
     from unified_approx.run import Plan
     from unified_approx.stages import compress_in_stages
-    from unified_approx.storage import load, save
+    from unified_approx.storage import load, pack, save
     from unified_approx.sweeping import sweep
     from unified_approx.training import Recipe, train
     from unified_approx.unread import remove_unread
@@ -65,6 +65,7 @@ _HOMES = {
     "load_taylor": "learning_compression",
     "match_outputs": "finetuning",
     "musco": "multistage",
+    "pack": "storage",
     "parse_tasks": "learning_compression",
     "plan": "pipeline",
     "remove_unread": "unread",
@@ -107,6 +108,7 @@ __all__ = [
     "load_taylor",
     "match_outputs",
     "musco",
+    "pack",
     "parse_tasks",
     "plan",
     "remove_unread",

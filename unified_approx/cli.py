@@ -1,4 +1,4 @@
-"""The command line: `unified-approx demo | compress | lc | evaluate | info | sweep | plot`.
+"""The command line: `unified-approx demo | compress | lc | pack | unpack | evaluate | info | sweep | plot`.
 
 JAX and everything that needs it is imported inside the commands, so that help is there at once.
 """
@@ -16,6 +16,7 @@ from unified_approx.cli_common import (
     DataName,
     Debug,
     Json,
+    Like,
     check_outputs,
     command_line,
     console,
@@ -23,6 +24,7 @@ from unified_approx.cli_common import (
 )
 from unified_approx.cli_compress import compress
 from unified_approx.cli_lc import lc
+from unified_approx.cli_pack import pack, stages_table, unpack
 from unified_approx.cli_sweep import plot, sweep
 
 if TYPE_CHECKING:
@@ -64,10 +66,7 @@ def evaluate(
     file: File,
     data: Data = None,
     dataset: DataName = None,
-    like: Annotated[
-        str | None,
-        typer.Option(metavar="NETWORK", help="The original network, for files that do not hold one of the zoo."),
-    ] = None,
+    like: Like = None,
     json_file: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -96,10 +95,13 @@ def evaluate(
 
 
 @app.command()
-def info(file: File, debug: Debug = False) -> None:
-    """What a saved network is made of. Reads the header only: `evaluate` also checks the arrays."""
+def info(file: File, like: Like = None, debug: Debug = False) -> None:
+    """What a saved network is made of; of a packed one also the bits of every layer, stage by stage.
+
+    Reads the header only where the file is not packed: `evaluate` also checks the arrays.
+    """
     with errors(debug):
-        from unified_approx.storage import read_header
+        from unified_approx.storage import is_packed, read_header
 
         header, screen = read_header(file), console()
         network = header["network"]
@@ -116,6 +118,17 @@ def info(file: File, debug: Debug = False) -> None:
         screen.print(_modules_table(header["modules"], report))
         for coded in header.get("coded", ()):
             screen.print(f"stored as bits: {coded['name']}")
+        if is_packed(file):
+            screen.print(_stages_table(file, like))
+
+
+def _stages_table(file: Path, like: str | None) -> Table:
+    from unified_approx import resolve, storage
+    from unified_approx.packing import accounting, parse
+
+    model = storage.load(file, like=None if like is None else resolve.blank_network(like))
+    data = file.read_bytes()
+    return stages_table(accounting.bits_by_stage(parse(data), model), len(data))
 
 
 def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | None) -> Table:
@@ -138,6 +151,8 @@ def _modules_table(modules: Sequence[dict[str, Any]], report: dict[str, Any] | N
 
 app.command()(compress)
 app.command()(lc)
+app.command()(pack)
+app.command()(unpack)
 app.command()(sweep)
 app.command()(plot)
 

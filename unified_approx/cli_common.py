@@ -39,6 +39,10 @@ DataName = Annotated[
         "integer images are scaled to [0, 1].",
     ),
 ]
+Like = Annotated[
+    str | None,
+    typer.Option(metavar="NETWORK", help="The original network, for files that do not hold one of the zoo."),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

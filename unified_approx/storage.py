@@ -91,7 +91,9 @@ def pack(
         ValueError: NaN, a type that cannot be packed, metadata that JSON cannot say, or an unknown coder.
         FileNotFoundError: no such folder.
     """
-    header = describe(model, network) | ({} if metadata is None else {"metadata": metadata})
+    header = {"format": container.VERSION, **describe(model, network)} | (
+        {} if metadata is None else {"metadata": metadata}
+    )
     return _write(path, container.dump(header, arrays_of(model), coder))
 
 

@@ -8,7 +8,7 @@ from solvers.compressions.groups import PenaltyGroups, PruneGroups, PruneNofM
 from solvers.compressions.half import Half
 from solvers.compressions.low_rank import Factors, LowRank, PenaltyNuclear
 from solvers.compressions.one_of import OneOf
-from solvers.compressions.pruning import PenaltyL0, PenaltyL1, PruneL0, PruneL1, PruneQuantize
+from solvers.compressions.pruning import PenaltyL0, PenaltyL1, PruneBelow, PruneL0, PruneL1, PruneQuantize
 from solvers.compressions.quantization import (
     AdaptiveCodebook,
     Codebook,
@@ -36,6 +36,7 @@ __all__ = [
     "PenaltyL0",
     "PenaltyL1",
     "PenaltyNuclear",
+    "PruneBelow",
     "PruneGroups",
     "PruneL0",
     "PruneL1",

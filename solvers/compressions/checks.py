@@ -36,3 +36,9 @@ def check_k(k: int) -> None:
     """Raise a ValueError for what is not a size of a codebook."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: {k!r} values; give a whole number >= 1")
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise a ValueError for an unknown word."""
+    if value not in known:
+        raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}")

@@ -135,10 +135,23 @@ def _evenly(line: Line, count: int) -> Float[Array, " count"]:
     return line.at(((np.arange(count) + 0.5) * line.size / count).astype(int))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def means_from_scratch(target: Float[Array, "..."], k: int, seed: int) -> Float[Array, " k"]:
-    """The best of ten runs from k-means++ on an even sample of the values, and one from equal shares."""
+INITS = ("k-means++", "linear", "random", "density")
+"""Where the centers start: "k-means++", or one of the three of Deep Compression, Han et al. (2016), section 3.2."""
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def means_from_scratch(target: Float[Array, "..."], k: int, seed: int, init: str = "k-means++") -> Float[Array, " k"]:
+    """One run from equal steps ("linear"), values drawn at random or equal shares ("density"); or the best of many.
+
+    "k-means++": ten runs from k-means++ on an even sample of the values, and one from equal shares.
+    """
     line = sort_line(target)
+    if init == "linear":
+        return lloyd(line, jnp.linspace(line.at(np.array(0)), line.at(np.array(line.size - 1)), k, dtype=target.dtype))
+    if init == "random":
+        return lloyd(line, line.at(jax.random.choice(jax.random.key(seed), line.size, (k,), replace=False)))
+    if init == "density":
+        return lloyd(line, _evenly(line, k))
     sample = _evenly(line, min(line.size, max(_SAMPLE, 8 * k)))
     keys = jax.random.split(jax.random.key(seed), _STARTS)
     starts = jnp.concatenate([lax.map(partial(_spread, sample, k), keys), _evenly(line, k)[None]])

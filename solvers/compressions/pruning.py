@@ -19,8 +19,8 @@ from solvers.compressions.bits import (
     write_floats,
     write_positions,
 )
-from solvers.compressions.checks import check_amount, check_float_format, check_k, check_weight, count_of
-from solvers.compressions.k_means import means_from, means_from_scratch
+from solvers.compressions.checks import check_amount, check_choice, check_float_format, check_k, check_weight, count_of
+from solvers.compressions.k_means import INITS, means_from, means_from_scratch
 from solvers.compressions.quantization import Codebook, nearest
 from solvers.prox import soft_threshold
 from solvers.terms import MatrixShape
@@ -116,6 +116,41 @@ class PruneL0(_Pruned):
 
 
 @dataclass(frozen=True)
+class PruneBelow(_Pruned):
+    """The weights above `quality` times the standard deviation of all, Han et al. (2015), section 3.1.
+
+    Bound to trained weights it is `PruneL0` with as many.
+
+    Attributes:
+        quality: of the threshold; at 0 all stay.
+    """
+
+    word: ClassVar = "prune_below"
+    quality: float
+
+    def __post_init__(self) -> None:
+        check_weight("quality", self.quality)
+
+    def bind(self, target: Values, layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`.
+
+        Raises:
+            ValueError: a quality at which nothing stays.
+        """
+        count = int(jnp.count_nonzero(self.compress(target, 0.0)))
+        if count == 0:
+            top = float(jnp.max(jnp.abs(target)) / jnp.std(target))
+            raise ValueError(
+                f"quality: {self.quality:g}; the largest weight is {top:.3g} standard deviations, give less"
+            )
+        return PruneL0(count)
+
+    def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Values | None = None) -> Values:
+        """See `Compression.compress`."""
+        return jnp.where(jnp.abs(target) > self.quality * jnp.std(target), target, 0)
+
+
+@dataclass(frozen=True)
 class PruneL1(_Pruned):
     """sum |w| <= kappa: the exact Euclidean projection, Duchi et al. (2008), figure 1.
 
@@ -200,15 +235,18 @@ class PruneQuantize(Compression):
     Attributes:
         kappa: how many weights stay: a whole number, or a fraction up to 1.0 of all.
         k: how many values.
+        init: one of `k_means.INITS`.
     """
 
     word: ClassVar = "prune_quantize"
     kappa: int | float
     k: int
+    init: str = "k-means++"
 
     def __post_init__(self) -> None:
         check_amount("kappa", self.kappa, "weights")
         check_k(self.k)
+        check_choice("init", self.init, INITS)
 
     def bind(self, target: Values, layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`; a fraction becomes a number."""
@@ -223,7 +261,7 @@ class PruneQuantize(Compression):
         kept = largest(target, kappa)
         values = target.reshape(-1)[jnp.nonzero(kept.reshape(-1), size=kappa)[0]]
         cold = start is None
-        centers = means_from_scratch(values, self.k, 0) if cold else means_from(values, start.centers)
+        centers = means_from_scratch(values, self.k, 0, self.init) if cold else means_from(values, start.centers)
         return Codebook(centers, jnp.where(kept, nearest(target, centers) + 1, 0))
 
     def decompress(self, theta: Codebook) -> Values:

@@ -10,8 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from solvers.compressions.base import FLOAT_BITS, Compression
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits, write_floats
-from solvers.compressions.checks import check_k
-from solvers.compressions.k_means import means_from, means_from_scratch
+from solvers.compressions.checks import check_choice, check_k
+from solvers.compressions.k_means import INITS, means_from, means_from_scratch
 from solvers.compressions.optimal_codebook import optimal_centers
 from solvers.terms import MatrixShape
 
@@ -82,14 +82,17 @@ class AdaptiveCodebook(_OwnValues):
     Attributes:
         k: how many values.
         seed: of the starts.
+        init: one of `k_means.INITS`.
     """
 
     word: ClassVar = "quantize"
     k: int
     seed: int = 0
+    init: str = "k-means++"
 
     def __post_init__(self) -> None:
         check_k(self.k)
+        check_choice("init", self.init, INITS)
 
     def compress(
         self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: Codebook | None = None
@@ -97,7 +100,9 @@ class AdaptiveCodebook(_OwnValues):
         """See `Compression.compress`."""
         self._check_size(target)
         cold = start is None
-        centers = means_from_scratch(target, self.k, self.seed) if cold else means_from(target, start.centers)
+        centers = (
+            means_from_scratch(target, self.k, self.seed, self.init) if cold else means_from(target, start.centers)
+        )
         return Codebook(centers, nearest(target, centers))
 
 

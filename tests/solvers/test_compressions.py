@@ -25,6 +25,7 @@ from solvers.compressions import (
     PenaltyL0,
     PenaltyL1,
     PenaltyNuclear,
+    PruneBelow,
     PruneGroups,
     PruneL0,
     PruneL1,
@@ -36,6 +37,7 @@ from solvers.compressions import (
     Tucker2,
     binary,
     fixed_point,
+    k_means,
     optimal_codebook,
     powers_of_two,
 )
@@ -82,6 +84,10 @@ EXACT = {
 }
 LOCAL = {
     "k-means": AdaptiveCodebook(4),
+    "k-means, linear start": AdaptiveCodebook(4, init="linear"),
+    "k-means, random start": AdaptiveCodebook(4, init="random"),
+    "k-means, density start": AdaptiveCodebook(4, init="density"),
+    "above one standard deviation": PruneBelow(1.0),
     "l0, float16": PruneL0(30, 16),
     "l0, codebook": PruneQuantize(30, 4),
     "low rank, float16": LowRank(2, "spatial", value_bits=16),
@@ -445,6 +451,33 @@ def test_no_rank_above_break_even(alpha):
     assert form.bits(theta) <= 3 + 32 * 108
 
 
+def test_what_is_below_the_threshold_goes():
+    w = weights()
+    found = PruneBelow(1.5).compress(w, MU)
+    np.testing.assert_array_equal(found != 0, np.abs(w) > 1.5 * np.std(w))
+    bound = PruneBelow(1.5).bind(w, (LAYER,))
+    assert bound == PruneL0(int(np.count_nonzero(found)))
+    np.testing.assert_array_equal(bound.compress(w, MU), found)
+
+
+@pytest.mark.parametrize("init", ["linear", "random", "density"])
+def test_every_start_of_k_means_ends_where_nothing_changes(init):
+    w = weights().reshape(-1)
+    centers = AdaptiveCodebook(5, init=init).compress(w, MU).centers
+    nearest = np.argmin(np.abs(w[:, None] - centers), axis=1)
+    for i, center in enumerate(centers):
+        np.testing.assert_allclose(w[nearest == i].mean(), center, rtol=1e-12)
+
+
+def test_starts_of_k_means_are_those_of_their_names():
+    """On values of a far outlier equal steps put one center there alone; equal shares do not."""
+    w = jnp.concatenate([jnp.linspace(0.0, 1.0, 99), jnp.asarray([100.0])])
+    codes = {init: AdaptiveCodebook(2, init=init).compress(w, MU).codes for init in ("linear", "density")}
+    assert int(jnp.sum(codes["linear"] == 1)) == 1
+    line = k_means.sort_line(w)
+    np.testing.assert_array_equal(k_means._evenly(line, 2), w[np.array([25, 75])])
+
+
 def bind(form, n=6):
     return form.bind(weights(n=n), (LAYER,))
 
@@ -454,6 +487,10 @@ BAD = [
     (lambda: PruneL0(1.5), "kappa: 1.5 is no number of weights"),
     (lambda: bind(PruneL0(200)), "kappa: 200 of 108"),
     (lambda: PruneL0(3, 12), "precision: 12"),
+    (lambda: bind(PruneBelow(9.0)), "quality: 9; the largest weight is"),
+    (lambda: PruneBelow(-1.0), "quality: -1"),
+    (lambda: AdaptiveCodebook(4, init="even"), "init: 'even' is unknown; choose one of k-means"),
+    (lambda: PruneQuantize(4, 4, init="even"), "init: 'even'"),
     (lambda: PruneL1(-1.0), "kappa: -1"),
     (lambda: PenaltyL1(float("nan")), "alpha: nan"),
     (lambda: PenaltyGroups(-1.0), "alpha: -1"),

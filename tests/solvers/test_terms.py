@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from solvers.tensor_terms import Cp3, Cp4, Tucker2
-from solvers.terms import Columns, Dense, LowRank, MatrixShape, Spatial, figures, index_bits
+from solvers.terms import Codebook, Columns, Dense, LowRank, MatrixShape, Spatial, figures, index_bits
 from unified_approx.layers import KINDS
 
 RNG = np.random.default_rng(0)
@@ -20,6 +20,7 @@ def values(*shape):
 CASES = {
     "dense": (Dense(values(5, 24)), 120, 0),
     "columns": (Columns(values(5, 3), np.array([0, 7, 23], np.int32)), 15, 15),
+    "codebook": (Codebook(values(3), RNG.integers(0, 4, (5, 24)).astype(np.int32)), 3, 240),
     "low_rank": (LowRank(values(5, 2), values(2, 24), np.arange(24, dtype=np.int32)), 58, 0),
     "low_rank gauge": (
         LowRank(values(3, 2), values(2, 3), np.array([1, 2, 9], np.int32), np.array([4, 0], np.int32)), 12, 21,

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from solvers.tensor_terms import Cp3, Cp4, Tucker2
-from solvers.terms import Columns, Dense, LowRank, Spatial
+from solvers.terms import Codebook, Columns, Dense, LowRank, Spatial
 from unified_approx.cost import network_cost
 from unified_approx.im2col import Geometry, convolve, matrix_to_kernel
 from unified_approx.layers import KINDS, FactoredConv, FactoredLinear, Index, factored_class, geometry_of, layer_class
@@ -45,6 +45,11 @@ def terms_for(geometry):
         "dense": [Dense(normal(n, p))],
         "columns": [Columns(normal(n, len(some)), some)],
         "channels": [Columns(normal(n, len(channels)), channels)],
+        "codebook": [Codebook(normal(3), RNG.integers(0, 4, (n, p)).astype(np.int32))],
+        "codebook + columns": [
+            Codebook(normal(20), RNG.integers(0, 21, (n, p)).astype(np.int32)),
+            Columns(normal(n, len(some)), some),
+        ],
         "low rank": [LowRank(normal(n, 2), normal(2, p), np.arange(p, dtype=np.int32))],
         "two-level": [
             Columns(normal(n, len(some)), some),
@@ -317,6 +322,8 @@ WRONG = {
     "indices: must be strictly increasing": [Columns(normal(5, 3), INDEX[::-1].copy())],
     "indices: need integers": [Columns(normal(5, 3), INDEX + 50)],
     r"values.shape=\(5, 3\)": [Dense(normal(5, 3))],
+    "codes.shape": [Codebook(normal(2), np.zeros((5, 9), np.int32))],
+    "codes: from 0 to 3; 2 values": [Codebook(normal(2), np.eye(5, 54, dtype=np.int32) * 3)],
     "u.shape": [LowRank(normal(5, 2), normal(2, 3), INDEX, np.asarray([1, 0], np.int32))],
     "pivots: 1 of them": [LowRank(normal(4, 2), normal(2, 3), INDEX, np.asarray([1], np.int32))],
     "pivots: has repeated": [LowRank(normal(3, 2), normal(2, 3), INDEX, np.asarray([1, 1], np.int32))],
@@ -384,3 +391,26 @@ def test_training_avoids_gathers_where_the_product_is_small():
         [LowRank(normal(5, 2), normal(2, 54), np.arange(54, dtype=np.int32))], None, geometry
     )
     assert low_rank.execution_for_training() == "factored:channels"
+
+
+@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize("execution", ["factored:decode", "factored:lookup", "merged"])
+def test_the_gradient_of_a_shared_weight_is_the_sum_over_all_that_share_it(k, execution):
+    codes = RNG.integers(0, k + 1, (5, 54)).astype(np.int32)
+    layer = FactoredConv.from_terms([Codebook(normal(k), codes)], None, CONV, execution=execution)
+    x = jnp.asarray(normal(2, 5, 5, 6))
+
+    def loss(kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, CONV)))
+
+    of_kernel = jax.grad(loss)(layer.kernel()).reshape(54, 5).T
+    found = nnx.grad(lambda own: jnp.sum(jnp.sin(own(x))))(layer)["terms"][0]["values"][...]
+    expected = [np.sum(of_kernel, where=codes == i) for i in range(1, k + 1)]
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-4)
+
+
+def test_codes_take_a_byte_each_and_are_not_trained():
+    codes = RNG.integers(0, 17, (5, 54)).astype(np.int32)
+    layer = FactoredConv.from_terms([Codebook(normal(16), codes)], None, CONV)
+    assert layer.terms[0].codes.dtype == jnp.uint8
+    assert sum(v.size for v in jax.tree.leaves(nnx.state(layer, nnx.Param))) == 16

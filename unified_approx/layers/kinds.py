@@ -1,6 +1,7 @@
 """The kinds of term a factored layer can have. A new kind is one file and one line here."""
 
 from solvers.terms import Term
+from unified_approx.layers.codebook import CodebookTerm
 from unified_approx.layers.columns import ColumnsTerm
 from unified_approx.layers.common import TermLayer
 from unified_approx.layers.cp import Cp3Term, Cp4Term
@@ -14,6 +15,7 @@ KINDS: dict[str, type[TermLayer]] = {
     for layer in (
         DenseTerm,
         ColumnsTerm,
+        CodebookTerm,
         LowRankTerm,
         SpatialTerm,
         Tucker2Term,

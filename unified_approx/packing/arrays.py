@@ -16,7 +16,8 @@ from jaxtyping import Int, Shaped, UInt, UInt8
 from unified_approx.packing import symbols
 from unified_approx.packing.byte_streams import DamagedError, Reader, Writer
 
-DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bool")
+_INTEGERS = tuple(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u"))
+DTYPES = ("float64", "float32", "float16", "bfloat16", *_INTEGERS, "bool")
 _LARGEST_TABLE = 4096
 _GAP_BITS = range(2, 13)
 
@@ -142,7 +143,7 @@ class Sparse(Way):
         number = reader.number(kept + count // max(1, escape))
         escaped = symbols.decode(reader.block(), number)
         is_kept = escaped < escape
-        ends = np.cumsum(escaped + is_kept) - 1
+        ends = np.cumsum(escaped.astype(np.int64) + is_kept) - 1
         if np.count_nonzero(is_kept) != kept or escaped.max(initial=0) > escape or (kept and ends[-1] >= count):
             raise DamagedError("gaps that do not fit the array")
         found = np.zeros(count, dtype)
@@ -206,7 +207,7 @@ class ArrayType:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise DamagedError(f"dtype: {self.dtype!r} cannot be packed; there are {', '.join(DTYPES)}")
-        if not all(isinstance(size, int) and size >= 0 for size in self.shape):
+        if not all(type(size) is int and size >= 0 for size in self.shape):
             raise DamagedError(f"shape: {self.shape}")
 
     @classmethod
@@ -237,9 +238,9 @@ def encode(array: Shaped[np.ndarray, "..."], coder: str = "ans") -> bytes:
         ValueError: a type that cannot be packed, or NaN.
     """
     kind = ArrayType.of(array)
-    if "float" in kind.dtype and np.isnan(array.astype(np.float32)).any():
+    if "float" in kind.dtype and np.isnan(array.astype(np.float64)).any():
         raise ValueError("array: it has NaN in it; a network with NaN is not packed")
-    patterns = np.ascontiguousarray(array).reshape(-1).view(kind.patterns)
+    patterns = np.ascontiguousarray(array, kind.numpy).reshape(-1).view(kind.patterns)
     return _shortest(patterns, coder, _ALL)
 
 

@@ -19,9 +19,10 @@ from unified_approx.packing.byte_streams import DamagedError, inflate
 
 MAGIC = b"UAPK"
 VERSION = 1
-LARGEST = 2**32
+LARGEST = 2**30
 """Bytes of all arrays in memory, unless the caller says otherwise."""
-_HEADER = 64 * 2**20
+LONGEST_HEADER = 64 * 2**20
+"""Bytes of the header before it is deflated."""
 _PREFIX = len(MAGIC) + 1 + 4 + 4
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
@@ -101,7 +102,7 @@ def _parse(data: bytes, largest: int) -> Packed:
     deflated = data[_PREFIX : _PREFIX + length]
     if zlib.crc32(data[: _PREFIX - 4] + deflated) != int.from_bytes(data[_PREFIX - 4 : _PREFIX], "little"):
         raise DamagedError("the header's checksum does not match")
-    header, entries = _header(inflate(deflated, _HEADER))
+    header, entries = _header(inflate(deflated, LONGEST_HEADER))
     types = {name: kind for name, kind, _, _ in entries}
     total = sum(kind.nbytes for kind in types.values())
     if total > largest:
@@ -124,7 +125,7 @@ def _header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, ArrayType, int
     try:
         found = json.loads(text)
         entries = [
-            (str(name), ArrayType(dtype, tuple(shape)), int(size), int(checksum))
+            (str(name), ArrayType(str(dtype), tuple(shape)), int(size), int(checksum))
             for name, dtype, shape, size, checksum in found["arrays"]
         ]
         header = dict(found["header"])

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, UInt8, UInt16
 
 LONGEST = 16  # bits of a code word: the decoder's table has 2^16 entries
 
@@ -73,16 +73,23 @@ def encode(symbols: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " alphabet"]
     return np.packbits(bits).tobytes()
 
 
-def decode(data: bytes | memoryview, lengths: Int[np.ndarray, " alphabet"], count: int) -> Int[np.ndarray, " count"]:
+def decode(data: bytes | memoryview, lengths: Int[np.ndarray, " alphabet"], count: int) -> UInt16[np.ndarray, " count"]:
     """What `encode` wrote; where the data end too early, any symbols."""
     words, longest = code_words(lengths), LONGEST
     symbols, steps = np.zeros(2**longest, np.int32), np.ones(2**longest, np.int32)
     for symbol in np.flatnonzero(lengths):
         first, span = words[symbol] << (longest - lengths[symbol]), 2 ** (longest - int(lengths[symbol]))
         symbols[first : first + span], steps[first : first + span] = symbol, lengths[symbol]
-    padded = np.zeros(max(4, len(data) + 4), np.uint8)
+    padded = np.zeros(_round_up(len(data) + 4), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return np.asarray(_walk(jnp.asarray(padded), jnp.asarray(symbols), jnp.asarray(steps), count), np.int64)
+    found = _walk(jnp.asarray(padded), jnp.asarray(symbols), jnp.asarray(steps), _round_up(count))
+    return np.asarray(found[:count]).astype(np.uint16)
+
+
+def _round_up(size: int) -> int:
+    """To one of few sizes, an eighth more at most beyond 2^13: each is compiled for."""
+    step = 2 ** max(10, size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 @partial(jax.jit, static_argnums=3)

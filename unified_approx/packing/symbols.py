@@ -4,13 +4,16 @@ Range coding by asymmetric numeral systems comes from constriction (Bamler 2022)
 Compression (Han et al. 2016, section 4).
 """
 
-import constriction
+from importlib import import_module
+from typing import Any
+
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt16
 
 from unified_approx.packing import huffman
 from unified_approx.packing.byte_streams import DamagedError, Reader, Writer, bits_of
 
+_STREAM = import_module("constriction").stream  # imported thus, its missing types do not matter
 LARGEST_ALPHABET = 2**16
 CODERS = ("ans", "huffman")
 _CONSTANT, _FIXED, _ANS, _HUFFMAN = range(4)
@@ -47,7 +50,7 @@ def encode(symbols: Int[np.ndarray, " n"], coder: str = "ans") -> bytes:
     return min(coded, _fixed(symbols), key=len)
 
 
-def decode(data: bytes | memoryview, count: int) -> Int[np.ndarray, " count"]:
+def decode(data: bytes | memoryview, count: int) -> UInt16[np.ndarray, " count"]:
     """What `encode` wrote of so many symbols.
 
     Raises:
@@ -56,11 +59,11 @@ def decode(data: bytes | memoryview, count: int) -> Int[np.ndarray, " count"]:
     if count == 0:
         if len(data):
             raise DamagedError(f"{len(data)} bytes for no symbols")
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.uint16)
     reader = Reader(data)
     kind = reader.number(_HUFFMAN)
     if kind == _CONSTANT:
-        found = np.full(count, reader.number(LARGEST_ALPHABET - 1), np.int64)
+        found = np.full(count, reader.number(LARGEST_ALPHABET - 1), np.uint16)
     elif kind == _FIXED:
         found = _read_fixed(reader, count)
     else:
@@ -81,39 +84,48 @@ def _block(kind: int, *, number: int | None = None, blocks: tuple[bytes, ...] = 
 
 
 def _fixed(symbols: Int[np.ndarray, " n"]) -> bytes:
-    """All at the same width."""
+    """All at the same width, the highest bit first."""
     width = int(symbols.max()).bit_length()
-    bits = np.unpackbits(symbols.astype(">u4").view(np.uint8)).reshape(-1, 32)[:, 32 - width :]
+    bits = np.empty((len(symbols), width), np.uint8)
+    for place in range(width):
+        bits[:, width - 1 - place] = symbols >> place & 1
     return _block(_FIXED, number=width, blocks=(np.packbits(bits).tobytes(),))
 
 
-def _read_fixed(reader: Reader, count: int) -> Int[np.ndarray, " count"]:
-    width, bits = reader.number(16), bits_of(reader.block())
-    if width < 1 or not count * width <= len(bits) < count * width + 8:
-        raise DamagedError(f"{len(bits)} bits for {count} symbols of {width}")
-    words = np.zeros((count, 32), np.uint8)
-    words[:, 32 - width :] = bits[: count * width].reshape(count, width)
-    return np.packbits(words, axis=1).view(">u4").reshape(count).astype(np.int64)
+def _read_fixed(reader: Reader, count: int) -> UInt16[np.ndarray, " count"]:
+    width, data = reader.number(16), reader.block()
+    if width < 1 or len(data) != -(-count * width // 8):
+        raise DamagedError(f"{len(data)} bytes for {count} symbols of {width} bits")
+    if width in (8, 16):
+        return np.frombuffer(data, f">u{width // 8}").astype(np.uint16)
+    bits = bits_of(data)[: count * width].reshape(count, width)
+    found = np.zeros(count, np.uint16)
+    for place in range(width):
+        found = found << 1 | bits[:, place]
+    return found
 
 
 def _ans(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " alphabet"]) -> bytes:
     table = min((_rounded(counts, bits) for bits in _PRECISIONS), key=lambda table: _total_bits(counts, table))
-    coder = constriction.stream.stack.AnsCoder()
+    coder = _STREAM.stack.AnsCoder()
     coder.encode_reverse(symbols.astype(np.int32), _model(table))
     words = coder.get_compressed().astype("<u4").tobytes()
     return _block(_ANS, blocks=(_table(table), words))
 
 
-def _read_ans(data: memoryview, table: Int[np.ndarray, " alphabet"], count: int) -> Int[np.ndarray, " count"]:
+def _read_ans(data: memoryview, table: Int[np.ndarray, " alphabet"], count: int) -> UInt16[np.ndarray, " count"]:
     if len(data) % 4 or np.count_nonzero(table) < 2:
         raise DamagedError("words of range coding cut short, or without a table")
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, "<u4").astype(np.uint32))
-    return np.asarray(coder.decode(_model(table), count), np.int64)
+    try:
+        coder = _STREAM.stack.AnsCoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        return np.asarray(coder.decode(_model(table), count)).astype(np.uint16)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
 
 
-def _model(table: Int[np.ndarray, " alphabet"]) -> constriction.stream.model.Categorical:
+def _model(table: Int[np.ndarray, " alphabet"]) -> Any:
     """Frequencies at most 2^16 are exact in float32: encoder and decoder have the same model on every machine."""
-    return constriction.stream.model.Categorical(_probabilities(table), perfect=False)
+    return _STREAM.model.Categorical(_probabilities(table), perfect=False)
 
 
 def _probabilities(table: Int[np.ndarray, " alphabet"]) -> Float[np.ndarray, " alphabet"]:
@@ -136,7 +148,7 @@ def _huffman(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " alphabet"
     return _block(_HUFFMAN, blocks=(_table(lengths), huffman.encode(symbols, lengths)))
 
 
-def _read_huffman(data: memoryview, lengths: Int[np.ndarray, " alphabet"], count: int) -> Int[np.ndarray, " count"]:
+def _read_huffman(data: memoryview, lengths: Int[np.ndarray, " alphabet"], count: int) -> UInt16[np.ndarray, " count"]:
     if lengths.max(initial=0) > huffman.LONGEST or not huffman.is_complete(lengths):
         raise DamagedError("lengths that are no Huffman code")
     return huffman.decode(data, lengths, count)
