@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; they stay whole and in order."""
     place = {f"test_{name}.py": i for i, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(_LONG)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """A process has room for 65,530 maps of memory; all programs of the suite together take more, and it dies."""
+    yield
+    import jax  # reads the variables above when it is imported
+
+    jax.clear_caches()
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

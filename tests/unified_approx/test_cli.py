@@ -139,7 +139,7 @@ def test_info(run, compressed, tmp_path):
         "conv2",
         "columns",
         f"{out.stat().st_size:,} bytes",
-        "format 1",
+        f"format {storage.FORMAT}",
         "flax",
     ):
         assert text in result.stdout
