@@ -113,8 +113,10 @@ def _write(path: str | os.PathLike[str], data: bytes) -> int:
     target = FilePath(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {target.parent} does not exist; create it first")
-    with replacing(target) as partial:
-        partial.write_bytes(data)
+    with replacing(target) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return len(data)
 
 

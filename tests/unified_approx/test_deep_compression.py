@@ -35,7 +35,7 @@ def digits():
     """The network, its images for training and for tests."""
     entry, images = zoo.entry("digits"), datasets.load("digits")
     x, y = entry.preprocess(images.x_train, images), np.asarray(images.y_train)
-    return zoo.load("digits"), x, y, entry.preprocess(images.x_test, images), images.y_test
+    return zoo.load("digits"), x, y, jnp.asarray(entry.preprocess(images.x_test, images)), images.y_test
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_packed_networks_are_smaller_stage_by_stage(digits, pruned, shared, tmp_
 def test_layers_are_scanned_one_by_one(digits):
     model, *_, x, y = digits
     found = scan(model, lambda network: accuracy(network, x, y), [1.0, 0.3, 0.0])
-    assert list(found) == [path_name(path[:-1]) for path in kernels_of(model)]
+    assert set(found) == {path_name(path[:-1]) for path in kernels_of(model)}
     for line in found.values():
         assert line[0] == accuracy(model, x, y)
         assert line[2] < 40

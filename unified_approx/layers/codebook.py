@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Integer, Shaped
 
 from solvers.terms import Codebook
 from unified_approx.im2col import Geometry, convolve, matrix_to_kernel, output_shape
@@ -86,7 +86,7 @@ class CodebookTerm(TermLayer):
 
 
 @jax.custom_vjp
-def look_up(values: Float[Array, " k"], codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+def look_up(values: Float[Array, " k"], codes: Integer[Array, "*shape"]) -> Float[Array, "*shape"]:
     """0 for code 0, the i-th value for code i."""
     return jnp.pad(values, (1, 0))[codes]
 
