@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from unified_approx import cli, datasets, evaluate, pipeline, storage, zoo
 from unified_approx import run as run_module
+from unified_approx.deep_compression import share
 from unified_approx.report import LayerRow, Report
 from unified_approx.zoo import digits
 
@@ -345,3 +346,40 @@ def test_bad_files_for_evaluate_and_info(run, compressed, factory, tmp_path):
     wrong = run("evaluate", tmp_path / "custom", "--like", "digits")
     assert wrong.exit_code == 2
     assert "do not fit" in wrong.stderr
+
+
+def test_pack_and_unpack(run, compressed, tmp_path):
+    plain, packed, again = compressed[0], tmp_path / "small.uapk", tmp_path / "again.safetensors"
+    result = run("pack", plain, "--out", packed)
+    assert result.exit_code == 0, result.stderr
+    assert f"{packed.stat().st_size:,} bytes" in result.stdout.replace("\n", " ")
+    assert packed.stat().st_size < plain.stat().st_size
+    assert run("unpack", packed, "--out", again).exit_code == 0
+    left, right = storage.load(plain), storage.load(again)
+    for a, b in zip(_arrays(left), _arrays(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _arrays(model):
+    return [np.asarray(leaf) for leaf in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))).leaves]
+
+
+def test_info_of_a_packed_file_counts_its_bits(run, tmp_path):
+    file = tmp_path / "digits.uapk"
+    shared = share(zoo.load("digits"), 2, layers="conv2")
+    size = storage.pack(file, shared.model)
+    result = run("info", file)
+    assert result.exit_code == 0, result.stderr
+    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in result.stdout.splitlines() if "│" in line}
+    weights = 32 * 64 * 9 + 64
+    name, dense, pruned, codes, coded, _ = (cell.strip() for cell in lines["conv2"])
+    assert (name, dense, pruned) == (f"{weights:,}", "32.00", "32.00")
+    assert 2.0 < float(coded) <= float(codes) < 2.2
+    assert lines["all"][-1].strip() == f"{size:,}"
+
+
+def test_a_file_that_is_not_packed_is_not_unpacked(run, compressed, tmp_path):
+    result = run("unpack", compressed[0], "--out", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "is not packed; give a file that `unified-approx pack` wrote" in result.stderr
+    assert run("pack", tmp_path / "missing").exit_code == 2

@@ -57,6 +57,7 @@ ARRAYS = {
     "pruned": pruned(100, 30),
     "shared": shared(100, 30),
     "pruned and shared": np.where(RNG.random((90, 90)) < 0.1, shared(90, 90), 0),
+    "some rows empty": np.where(RNG.random((90, 300)) < RNG.random((90, 1)) ** 5, shared(90, 300), 0),
     "a codebook and corrections": shared(100, 100, bits=1) + pruned(100, 100, kept=0.01),
     "kept columns": np.sort(RNG.choice(4608, 900, replace=False)).astype(np.int32),
     "a range": np.arange(512, dtype=np.int32),
@@ -154,7 +155,8 @@ def test_gaps_are_counted_as_their_entropy():
         ("all zero", "sparse", 6),
         ("weights", "planes", 6800),
         ("shared", "table", 1600),
-        ("a codebook and corrections", "table", 1740),
+        ("a codebook and corrections", "table", 1800),
+        ("some rows empty", "grid", 4300),
         ("kept columns", "differences", 460),
         ("scalar", "raw", 5),
     ],
@@ -165,7 +167,7 @@ def test_the_shortest_way_is_chosen(name, way, most):
     assert len(data) <= most
 
 
-TENSORS = {name: ARRAYS[name] for name in ("pruned", "shared", "kept columns", "weights", "a codebook and corrections")}
+TENSORS = {name: ARRAYS[name] for name in ("pruned", "shared", "kept columns", "weights", "some rows empty")}
 
 
 def with_checksums(data):

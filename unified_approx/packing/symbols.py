@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt16
+from jaxtyping import Bool, Float, Int, UInt16
 
 from unified_approx.packing import huffman
 from unified_approx.packing.byte_streams import DamagedError, Reader, Writer, bits_of
 
 _STREAM = import_module("constriction").stream  # imported thus, its missing types do not matter
+_BERNOULLI = _STREAM.model.Bernoulli(perfect=False)
 LARGEST_ALPHABET = 2**16
 CODERS = ("ans", "huffman")
 _CONSTANT, _FIXED, _ANS, _HUFFMAN = range(4)
@@ -73,6 +74,31 @@ def decode(data: bytes | memoryview, count: int) -> UInt16[np.ndarray, " count"]
     return found
 
 
+def encode_bits(bits: Bool[np.ndarray, " n"], chances: Int[np.ndarray, " n"]) -> bytes:
+    """Range code of bits that are true with probabilities of their own, in units of 2^-16, from 1 to 2^16 - 1."""
+    coder = _STREAM.stack.AnsCoder()
+    coder.encode_reverse(bits.astype(np.int32), _BERNOULLI, chances / 2.0**16)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+def decode_bits(data: bytes | memoryview, chances: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """What `encode_bits` wrote.
+
+    Raises:
+        DamagedError: no such code.
+    """
+    return np.asarray(_coder(data).decode(_BERNOULLI, chances / 2.0**16)).astype(bool)
+
+
+def _coder(data: bytes | memoryview) -> Any:
+    if len(data) % 4:
+        raise DamagedError("words of range coding cut short")
+    try:
+        return _STREAM.stack.AnsCoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+
+
 def _block(kind: int, *, number: int | None = None, blocks: tuple[bytes, ...] = ()) -> bytes:
     out = Writer()
     out.number(kind)
@@ -114,13 +140,9 @@ def _ans(symbols: Int[np.ndarray, " n"], counts: Int[np.ndarray, " alphabet"]) -
 
 
 def _read_ans(data: memoryview, table: Int[np.ndarray, " alphabet"], count: int) -> UInt16[np.ndarray, " count"]:
-    if len(data) % 4 or np.count_nonzero(table) < 2:
-        raise DamagedError("words of range coding cut short, or without a table")
-    try:
-        coder = _STREAM.stack.AnsCoder(np.frombuffer(data, "<u4").astype(np.uint32))
-        return np.asarray(coder.decode(_model(table), count)).astype(np.uint16)
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
+    if np.count_nonzero(table) < 2:
+        raise DamagedError("range coding without a table")
+    return np.asarray(_coder(data).decode(_model(table), count)).astype(np.uint16)
 
 
 def _model(table: Int[np.ndarray, " alphabet"]) -> Any:
