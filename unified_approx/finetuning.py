@@ -15,16 +15,15 @@ from jaxtyping import Array, Int, Shaped
 
 from unified_approx.assemble import Identity, modules
 from unified_approx.calling import Call, forward
-from unified_approx.cost import with_executions
 from unified_approx.layers import Factored
 from unified_approx.loop import Prepare
-from unified_approx.macs import factored_layers
 from unified_approx.norms import fold_batch_norms, insert_batch_norms
 from unified_approx.objectives import OutputMatch
 from unified_approx.pipeline import Result
 from unified_approx.rules import check_pattern
 from unified_approx.sites import Path, path_name
 from unified_approx.training import Epoch, Recipe, Trained, train
+from unified_approx.training_forms import as_before, for_training
 
 _EXAMPLES = 256  # that the statistics of batch norms start from
 RECIPE = Recipe(learning_rate=0.01)
@@ -74,11 +73,10 @@ def finetune(
     Raises:
         ValueError: as `train`.
     """
-    model, norms = _network(result), ()
-    executions = {path: layer.execution for path, layer in factored_layers(model).items()}
-    model = _for_training(model)
+    network, norms = _network(result), ()
+    example = prepare(jnp.asarray(x[:_EXAMPLES]))
+    model = for_training(network, example, call=call)
     if batch_norms:
-        example = prepare(jnp.asarray(x[:_EXAMPLES]))
         model, norms = insert_batch_norms(model, example, call)
     done = train(
         model,
@@ -86,7 +84,7 @@ def finetune(
         y,
         recipe,
         optimizer=optimizer,
-        teacher=original,
+        teacher=None if original is None else for_training(original, example, call=call),
         validation=validation,
         patience=patience,
         checkpoint_dir=checkpoint_dir,
@@ -95,7 +93,7 @@ def finetune(
         call=call,
     )
     trained = fold_batch_norms(done.model, norms, example, call) if batch_norms else done.model
-    return replace(done, model=with_executions(trained, executions))
+    return replace(done, model=as_before(trained, network))
 
 
 def match_outputs(
@@ -144,14 +142,15 @@ def match_outputs(
     model = _network(result)
     paths = () if blocks is None else _blocks(blocks, model, original)
     objective = OutputMatch(temperature=recipe.temperature, blocks=paths)
-    _check_comparable(objective, model, original, prepare(jnp.asarray(x[:1])), call)
+    example = prepare(jnp.asarray(x[:1]))
+    _check_comparable(objective, model, original, example, call)
     done = train(
-        _for_training(model),
+        for_training(model, example, call=call),
         x,
         recipe=recipe,
         objective=objective,
         optimizer=optimizer,
-        teacher=original,
+        teacher=for_training(original, example, call=call),
         validation=validation,
         patience=patience,
         checkpoint_dir=checkpoint_dir,
@@ -159,13 +158,7 @@ def match_outputs(
         progress=progress,
         call=call,
     )
-    executions = {path: layer.execution for path, layer in factored_layers(model).items()}
-    return replace(done, model=with_executions(done.model, executions))
-
-
-def _for_training(model: nnx.Module) -> nnx.Module:
-    """Its factored layers in the forms that train fastest."""
-    return with_executions(model, {p: layer.execution_for_training() for p, layer in factored_layers(model).items()})
+    return replace(done, model=as_before(done.model, model))
 
 
 def _network(result: Result | nnx.Module) -> nnx.Module:
