@@ -1,8 +1,6 @@
 """The packed container: bit-exact, as small as entropy allows, and an error for whatever is wrong."""
 
-import json
 import tracemalloc
-import zlib
 
 import hypothesis
 import hypothesis.extra.numpy as arrays_of
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from fuzz_packed import damaged, described_in, repacked, with_checksums
 from hypothesis import strategies
 
 from unified_approx import load, pack, storage, zoo
@@ -170,53 +169,11 @@ def test_the_shortest_way_is_chosen(name, way, most):
 TENSORS = {name: ARRAYS[name] for name in ("pruned", "shared", "kept columns", "weights", "some rows empty")}
 
 
-def with_checksums(data):
-    """The same file, its checksums made to fit, so that what is behind them is tried."""
-    start = len(container.MAGIC) + 1
-    length = int.from_bytes(data[start : start + 4], "little")
-    header = data[start + 8 : start + 8 + length]
-    try:
-        described = json.loads(zlib.decompress(header))
-        body, at = data[start + 8 + length :], 0
-        for entry in described["arrays"]:
-            entry[4] = zlib.crc32(body[at : at + entry[3]])
-            at += entry[3]
-    except (zlib.error, KeyError, TypeError, ValueError, IndexError):
-        return data
-    return repacked(described, body)
-
-
-def repacked(described, body):
-    header = zlib.compress(json.dumps(described).encode())
-    prefix = container.MAGIC + bytes([container.VERSION]) + len(header).to_bytes(4, "little")
-    return prefix + zlib.crc32(prefix + header).to_bytes(4, "little") + header + body
-
-
-def described_in(data):
-    start = len(container.MAGIC) + 1
-    length = int.from_bytes(data[start : start + 4], "little")
-    return json.loads(zlib.decompress(data[start + 8 : start + 8 + length])), data[start + 8 + length :]
-
-
 def test_a_file_comes_back():
     found = container.parse(container.dump({"a": [1, None]}, TENSORS))
     assert found.header == {"a": [1, None]}
     for name, array in found.arrays().items():
         same(array, TENSORS[name])
-
-
-def damaged(data, rng):
-    """Cut short, lengthened, bits flipped, bytes exchanged."""
-    out = bytearray(data)
-    kind = rng.integers(4)
-    if kind == 0:
-        return bytes(out[: rng.integers(len(out))])
-    if kind == 1:
-        return bytes(out) + rng.bytes(int(rng.integers(1, 9)))
-    for _ in range(rng.integers(1, 4)):
-        place = int(rng.integers(len(out)))
-        out[place] = out[place] ^ 1 << int(rng.integers(8)) if kind == 2 else int(rng.integers(256))
-    return bytes(out)
 
 
 def read(data):
