@@ -6,10 +6,13 @@
 - k_means: K = 4 on 10^6 weights, from scratch and from the codebook before, beside scikit-learn's `KMeans` with the
   arguments that LC-model-compression gives it (k-means++ from 10 starts, tolerance 1e-10; one start when warm);
 - codebook: the optimal one, K = 4, 16;
-- prune: 5 % of 10^6 weights, beside a NumPy sort.
+- prune: 5 % of 10^6 weights, beside a NumPy sort;
+- peer: both steps of LC-model-compression itself (`lc_peer.py`), with `--peer CHECKOUT` and a Python that has PyTorch and
+  scikit-learn in `--peer-python`.
 """
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +38,8 @@ TARGETS = {
     "k_means_speedup": (">=", 20.0),
     "k_means_warm_speedup": (">=", 20.0),
     "optimal_16_seconds": ("<=", 10.0),
+    "l_step_speedup_over_peer": (">=", 2.0),
+    "k_means_speedup_over_peer": (">=", 20.0),
 }
 
 
@@ -144,6 +149,25 @@ def prune(count: int, repeats: int) -> dict[str, Any]:
     return {"part": "prune", "weights": count, "seconds": seconds_of(lambda: compress(w, 0.0), repeats), "sort": theirs}
 
 
+def peer(
+    python: str, checkout: Path, data: Path | None, epochs: int, count: int, ours: dict[str, dict[str, Any]]
+) -> Any:
+    """The peer's steps, and how many times as fast ours are; it is given the number of threads that is best for it."""
+    file = (data or Path()) / "mnist.npz"
+    arguments = [str(checkout), str(file), str(epochs), str(count)]
+    script = str(Path(__file__).with_name("lc_peer.py"))
+    run = subprocess.run([python, script, *arguments], capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    seconds = min(found["l_step"].values())
+    row = {"part": "peer", "torch": found["torch"], "l_step_seconds_per_epoch": seconds, **found["c_step"]}
+    if "l_step" in ours:
+        row["l_step_speedup"] = seconds / ours["l_step"]["seconds_per_epoch"]
+    if "k_means" in ours:
+        row["k_means_speedup"] = found["c_step"]["cold"] / ours["k_means"]["seconds"]
+        row["k_means_warm_speedup"] = found["c_step"]["warm"] / ours["k_means"]["warm_seconds"]
+    return row
+
+
 def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The targets that these rows can decide."""
     part = {row["part"]: row for row in rows}
@@ -152,14 +176,19 @@ def checks_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "k_means_speedup": ("k_means", "speedup"),
         "k_means_warm_speedup": ("k_means", "warm_speedup"),
         "optimal_16_seconds": ("codebook", "seconds_16"),
+        "l_step_speedup_over_peer": ("peer", "l_step_speedup"),
+        "k_means_speedup_over_peer": ("peer", "k_means_speedup"),
     }
-    return {name: check(part[row][field], *TARGETS[name]) for name, (row, field) in fields.items() if row in part}
+    known = {name: (row, field) for name, (row, field) in fields.items() if field in part.get(row, {})}
+    return {name: check(part[row][field], *TARGETS[name]) for name, (row, field) in known.items()}
 
 
 def main(
     data: Annotated[Path | None, typer.Option(envvar="UNIFIED_APPROX_DATA")] = None,
     models: Annotated[Path, typer.Option(envvar="UNIFIED_APPROX_MODELS")] = Path("models"),
     part: str = "all",
+    peer_checkout: Annotated[Path | None, typer.Option("--peer", help="Of LC-model-compression.")] = None,
+    peer_python: Annotated[str, typer.Option(help="With PyTorch and scikit-learn.")] = "python3",
     quick: bool = False,
     json_file: Annotated[Path, typer.Option("--json")] = RESULT,
 ) -> None:
@@ -177,8 +206,13 @@ def main(
         if not wanted.isdisjoint({name, "all"}):
             rows.append(make())
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()})
+    if peer_checkout is not None:
+        ours = {row["part"]: row for row in rows}
+        rows.append(peer(peer_python, peer_checkout, data, 1 if quick else 5, count, ours))
+        print(rows[-1])
     checks = checks_of(rows)
-    command = f"python experiments/bench_lc.py --part {part}" + (" --quick" if quick else "")
+    flags = (" --peer CHECKOUT" if peer_checkout else "") + (" --quick" if quick else "")
+    command = f"python experiments/bench_lc.py --part {part}{flags}"
     write_results(json_file, command, rows, checks, seconds=time.perf_counter() - start, seed=0, quick=quick)
     print(json.dumps(checks, indent=1))
 
