@@ -7,8 +7,8 @@
   arguments that LC-model-compression gives it (k-means++ from 10 starts, tolerance 1e-10; one start when warm);
 - codebook: the optimal one, K = 4, 16;
 - prune: 5 % of 10^6 weights, beside a NumPy sort;
-- peer: both steps of LC-model-compression itself (`lc_peer.py`), with `--peer CHECKOUT` and a Python that has PyTorch and
-  scikit-learn in `--peer-python`.
+- peer: both steps of LC-model-compression itself (`lc_peer.py`), with `--peer CHECKOUT` and a Python that has PyTorch
+  and scikit-learn in `--peer-python`.
 """
 
 import json
