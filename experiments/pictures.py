@@ -103,6 +103,44 @@ def curves(
     return path
 
 
+def bars(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    stacked: bool = True,
+    logarithmic: bool = False,
+) -> Path:
+    """Bars of parts, panel beside panel.
+
+    Args:
+        path: PNG to write.
+        panels: title -> name of a bar -> name of a part -> its length.
+        stacked: one part on the other; otherwise over each other, translucent and without gaps, as histograms.
+        logarithmic: lengths on a logarithmic scale.
+
+    Returns:
+        `path`.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (title, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        parts = list(dict.fromkeys(part for bar in columns.values() for part in bar))
+        places, bottom = np.arange(len(columns)), np.zeros(len(columns))
+        for part in parts:
+            lengths = np.array([bar.get(part, 0.0) for bar in columns.values()])
+            look = {"bottom": bottom, "width": 0.7} if stacked else {"alpha": 0.6, "width": 1.0}
+            axes.bar(places, lengths, label=part or None, **look)
+            bottom += lengths
+        shown = places[:: max(1, len(places) // 6)]
+        axes.set_xticks(shown, [list(columns)[i] for i in shown])
+        axes.set_yscale("log" if logarithmic else "linear")
+        axes.set_title(title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        if any(parts):
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+    return path
+
+
 def tiles(path: Path, rows: Mapping[str, Float[np.ndarray, "tiles h w"]]) -> Path:
     """Small images in rows, all in one colour scale around zero.
 

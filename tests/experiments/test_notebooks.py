@@ -16,8 +16,8 @@ def _pictures(notebook):
     return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
 
 
-def test_there_are_six():
-    assert [name[0] for name in NAMES] == list("123456")
+def test_there_are_seven():
+    assert [name[0] for name in NAMES] == list("1234567")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from pictures import curves, penalty_maps, show, tiles
+from pictures import bars, curves, penalty_maps, show, tiles
 from PIL import Image
 
 
@@ -54,3 +54,14 @@ def test_tiles_share_one_scale_of_colours(tmp_path):
     darkest_blue, darkest_red = ([5, 48, 97], [103, 0, 31])
     assert (picture == darkest_blue).all(axis=-1).any()
     assert not (picture == darkest_red).all(axis=-1).any()
+
+
+def test_bars_are_stacked_or_over_each_other(tmp_path):
+    columns = {"a": {"low": 1.0, "high": 2.0}, "b": {"low": 3.0}}
+    stacked = _colours(bars(tmp_path / "stacked.png", {"one": columns}))
+    beside = _colours(bars(tmp_path / "beside.png", {"one": columns, "two": columns}))
+    over = _colours(bars(tmp_path / "over.png", {"one": columns}, stacked=False))
+    blue, orange = [31, 119, 180], [255, 127, 14]
+    assert all((stacked == colour).all(axis=-1).sum() > 1000 for colour in (blue, orange))
+    assert beside.shape[1] == 2 * stacked.shape[1]
+    assert (over != stacked).any()
