@@ -8,7 +8,6 @@ whose checksums nobody mended must give the very arrays that were packed, or an 
 """
 
 import json
-import resource
 import time
 import zlib
 from collections import Counter
@@ -125,7 +124,6 @@ def main(
     json_file: Annotated[Path, typer.Option("--json")] = RESULT,
 ) -> None:
     """Count what becomes of them."""
-    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
     start, rng, counts = time.perf_counter(), np.random.default_rng(seed), Counter[str]()
     known = tensors(rng)
     whole = [container.dump({"network": None}, known, coder) for coder in symbols.CODERS]
