@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -25,15 +25,11 @@ def pack(
     """Write a saved network in as few bytes as its values allow, bit for bit the same."""
     with errors(debug):
         from unified_approx import storage
-        from unified_approx.resolve import blank_network
 
         target = out or file.with_suffix(_PACKED)
         check_outputs(out=target)
-        header = storage.read_header(file)
-        model = storage.load(file, like=None if like is None else blank_network(like))
-        known = header["network"]
-        network = None if known is None else storage.Network(known["name"], known["options"])
-        size = storage.pack(target, model, network=network, metadata=header.get("metadata"), coder=coder)
+        model, described = _read(file, like)
+        size = storage.pack(target, model, **described, coder=coder)
         console().print(f"{target}: {size:,} bytes, {file.stat().st_size / size:.2f} times smaller than {file}")
 
 
@@ -46,18 +42,25 @@ def unpack(
     """Write a packed network as a safetensors file again."""
     with errors(debug):
         from unified_approx import storage
-        from unified_approx.resolve import blank_network
 
         if not storage.is_packed(file):
             raise ValueError(f"FILE: {file} is not packed; give a file that `unified-approx pack` wrote")
         target = out or file.with_suffix(_UNPACKED)
         check_outputs(out=target)
-        header = storage.read_header(file)
-        model = storage.load(file, like=None if like is None else blank_network(like))
-        known = header["network"]
-        network = None if known is None else storage.Network(known["name"], known["options"])
-        size = storage.save(target, model, network=network, metadata=header.get("metadata"))
+        model, described = _read(file, like)
+        size = storage.save(target, model, **described)
         console().print(f"{target}: {size:,} bytes")
+
+
+def _read(file: Path, like: str | None) -> tuple[Any, dict[str, Any]]:
+    """The network, and what its file says of it besides."""
+    from unified_approx import resolve, storage
+
+    header = storage.read_header(file)
+    model = storage.load(file, like=None if like is None else resolve.blank_network(like))
+    known = header["network"]
+    network = None if known is None else storage.Network(known["name"], known["options"])
+    return model, {"network": network, "metadata": header.get("metadata")}
 
 
 def stages_table(lines: "Sequence[LayerBits]", size: int) -> Table:
