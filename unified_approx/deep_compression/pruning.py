@@ -70,17 +70,17 @@ def prune(
     steps = max((len(s) for s in schedules.values()), default=0)
     if steps == 0:
         raise ValueError("kept: empty; give at least one layer and a fraction, for example {'fc.*': 0.1}")
-    lines: list[Step] = []
+    lines, done = list[Step](), list[LcResult]()
     for step in range(steps):
         tasks = [Task(path=pattern, compression=s[min(step, len(s) - 1)]) for pattern, s in schedules.items()]
-        pruned = direct_compression(model, tasks)
+        pruned = direct_compression(done[-1].model if done else model, tasks)
         lines.append(replace(pruned.history[0], step=step))
         folder = None if checkpoint_dir is None else FilePath(checkpoint_dir) / f"step{step}"
         trained = finetune_compressed(pruned, x, y, recipe, checkpoint_dir=folder, **arguments)
         if progress is not None:
             progress(pruned, trained)
-        model, result = trained.model, trained
-    return replace(result, history=tuple(lines), best=steps - 1)  # pyright: ignore[reportPossiblyUnboundVariable]
+        done.append(trained)
+    return replace(done[-1], history=tuple(lines), best=steps - 1)
 
 
 def _schedule(pattern: str, kept: float | PruneBelow | Sequence[float]) -> tuple[PruneL0 | PruneBelow, ...]:
