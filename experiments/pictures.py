@@ -98,7 +98,8 @@ def curves(
         axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         if any(lines):
-            axes.legend(frameon=False)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2, "fontsize": "small"}
+            axes.legend(frameon=False, **(below if len(lines) > 4 else {}))
     figure.savefig(path, dpi=100)
     return path
 
