@@ -22,7 +22,7 @@ _MOMENTUM = 0.9  # of the running statistics: a few epochs are short for more
 
 
 def insert_batch_norms(model: nnx.Module, example: PyTree, call: Call = forward) -> tuple[nnx.Module, tuple[Path, ...]]:
-    """The network with a batch norm in place of every `Identity`; in use it computes the same as before.
+    """The network with a batch norm in place of every `Identity` behind a factored layer; it computes the same.
 
     Mean and variance are those of the example, scale and shift undo them: training starts from the same function, and
     from normalised gradients.
@@ -45,7 +45,12 @@ def insert_batch_norms(model: nnx.Module, example: PyTree, call: Call = forward)
         norm = _norm_of(np.asarray(seen[path][0], np.float32))
         for home in homes(model, path):
             new = put(new, home, norm)
-    return new, used
+    follows = walk(new, (batch,), call).follows
+    sources = {path: follows.get(path) for path in used}
+    lost = [path for path, source in sources.items() if source is None or not isinstance(get(new, source), Factored)]
+    for home in (home for path in lost for home in homes(model, path)):
+        new = put(new, home, Identity())  # behind a layer of which nothing is left, for one
+    return new, tuple(path for path in used if path not in lost)
 
 
 def _norm_of(out: np.ndarray) -> nnx.BatchNorm:

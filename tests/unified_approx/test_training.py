@@ -64,6 +64,13 @@ def test_batch_norms_put_back_train_and_fold_to_the_same_structure(digits):
     assert evaluate.accuracy(done.model, test, labels) > evaluate.accuracy(small, test, labels)
     for network in (folded, done.model):
         assert network_cost(network, x[:2]) == network_cost(small, x[:2])
+    last = small.conv3  # where nothing is left of a layer, there is no norm to put back
+    empty = nnx.clone(small)
+    empty.conv3 = type(last).from_terms([], np.asarray(last.bias[...]), last.geometry)
+    with_norms, paths = insert_batch_norms(empty, x[:256])
+    assert paths == (("bn1",), ("bn2",))
+    np.testing.assert_allclose(evaluate.predict(with_norms, test), evaluate.predict(empty, test), atol=1e-3)
+    assert network_cost(finetune(empty, x, y, RECIPE, batch_norms=True).model, x[:2]) == network_cost(empty, x[:2])
 
 
 def test_training_from_scratch_learns(digits):
