@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from unified_approx.calling import Call
+from unified_approx.kernel_gradients import for_gradients
 from unified_approx.layers import FactoredConv
 from unified_approx.objectives import Objective
 from unified_approx.tiny import as_products
@@ -163,7 +164,7 @@ class Loop:
         images = inputs.x[index]
         x = self.prepare(augment_crop_flip(images, own) if self.augment else images)
         labels = None if inputs.labels is None else inputs.labels[index]
-        gradient_of = jax.value_and_grad(as_products(self.loss), has_aux=True)
+        gradient_of = jax.value_and_grad(for_gradients(self.loss), has_aux=True)
         (value, moving), gradient = gradient_of(carry.params, carry.moving, inputs, x, labels)
         state = carry.optimizer
         if rate is not None:
