@@ -3,7 +3,8 @@
     python experiments/cifar10_table.py --network vgg16 --budget macs=0.2 [--epochs 10] [--data DIR] [--models DIR]
 
 Budgets are shared over the layers on calibration images; the test images are only measured on. With --epochs both the
-compressed network and the original are trained on by the same recipe, and the drop counts against the better original.
+compressed network and the original are trained on by the same recipe, and the drop counts against the better original;
+with --match the compressed network learns the original's answers alone, without labels.
 Finished stages are kept in the work folder, so that a killed run goes on; one sensitivity table serves all budgets.
 """
 
@@ -11,6 +12,7 @@ import json
 import re
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -31,19 +33,22 @@ HELD_OUT = 5000  # training images on which epochs are chosen; never calibrated 
 
 
 class Images(NamedTuple):
-    """CIFAR-10: raw training images, of which the first `HELD_OUT` are held out, and test images prepared."""
+    """CIFAR-10: raw training images, some of them held out, and test images prepared."""
 
     x: np.ndarray
     y: np.ndarray
+    held_out: tuple[np.ndarray, np.ndarray]
     test: np.ndarray
     labels: np.ndarray
 
     @classmethod
-    def load(cls, entry: zoo.ZooEntry, data: Path | None, seed: int) -> "Images":
-        """From a folder, in an order of the seed."""
+    def load(cls, entry: zoo.ZooEntry, data: Path | None, seed: int, quick: bool = False) -> "Images":
+        """From a folder, in an order of the seed; a few of them for a quick run."""
         found = datasets.load("cifar10", data)
         order = np.random.default_rng(seed).permutation(len(found.x_train))
-        return cls(found.x_train[order], found.y_train[order], entry.preprocess(found.x_test), found.y_test)
+        held, train, test = (128, 512, 500) if quick else (HELD_OUT, len(order), len(found.x_test))
+        x, y = found.x_train[order[:train]], found.y_train[order[:train]]
+        return cls(x[held:], y[held:], (x[:held], y[:held]), entry.preprocess(found.x_test[:test]), found.y_test[:test])
 
 
 def main(
@@ -51,6 +56,7 @@ def main(
     budget: str = "macs=0.5",
     epochs: int = 0,
     skip_original: Annotated[bool, typer.Option(help="Train the compressed network only.")] = False,
+    match: Annotated[bool, typer.Option(help="Train without labels, to answer like the original.")] = False,
     calibration: int = 2000,
     allocation: str = "kl",
     form: str = "best",
@@ -61,6 +67,7 @@ def main(
     batch_norms: Annotated[bool, typer.Option(help="Put folded batch norms back while training.")] = True,
     batch_size: int = 128,
     seed: int = 0,
+    quick: Annotated[bool, typer.Option(help="Few images, to see that it runs.")] = False,
     data: Annotated[Path | None, typer.Option(envvar="UNIFIED_APPROX_DATA")] = None,
     models: Annotated[Path, typer.Option(envvar="UNIFIED_APPROX_MODELS")] = Path("models"),
     work_dir: Annotated[Path, typer.Option(help="Solved layers and checkpoints.")] = Path(".cifar10_table"),
@@ -69,16 +76,16 @@ def main(
     """Make one row of the table."""
     start = time.perf_counter()
     asked = {k: v for k, v in locals().items() if k not in ("start", "data", "models", "work_dir", "json_file")}
-    own = [*(keep or ()), *(f"{pattern}-columns" for pattern in columns or ())]
+    own = [*(keep or ()), *(f"{pattern}-columns" for pattern in columns or ()), *(["quick"] if quick else [])]
     kind = re.sub(r"[^\w.-]", "_", "-".join(map(str, (network, allocation, group, calibration, seed, *own))))
     name = f"{kind}-{budget}-{form}".replace("=", "").replace(",", "-")
     entry = zoo.entry(network)
-    images, model = Images.load(entry, data, seed), published.load(network, models)
+    images, model = Images.load(entry, data, seed, quick), published.load(network, models)
     reference = evaluate.accuracy(model, images.test, images.labels)
     rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
     rules += [ua.Rule(path=pattern, group="column") for pattern in columns or ()]
     shared = {"rules": rules, "group": group, "seed": seed}
-    chosen = entry.preprocess(images.x[HELD_OUT:][:calibration])
+    chosen = entry.preprocess(images.x[:calibration])
     with compact():
         table = None
         if allocation != "uniform":
@@ -103,9 +110,10 @@ def main(
         more["accuracy_without_training"] = evaluate.accuracy(result.model, images.test, images.labels)
         recipe = Recipe(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
         train = _Training(entry, images, recipe, batch_norms)
-        tuned = train(result.model, work_dir / name, teacher=model)
+        tuned = (train.match if match else train)(result.model, work_dir / name, model)
         result = ua.Result(model=tuned, report=result.report)
-        if not skip_original:
+        more["labels"] = not match
+        if not (skip_original or match):
             again = train(model, work_dir / network)
             more["reference_finetuned_accuracy"] = evaluate.accuracy(again, images.test, images.labels)
     row = comparison.compare(
@@ -121,9 +129,10 @@ def main(
         **more,
         forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in result.report.layers},
     )
-    out = json_file or RESULTS / f"cifar10-{name}{f'-{epochs}epochs' if epochs else ''}.json"
+    trained = f"-{epochs}epochs{'-match' if match else ''}" if epochs else ""
+    out = json_file or RESULTS / f"cifar10-{name}{trained}.json"
     command = shlex.join(["python", "experiments/cifar10_table.py", *flags(asked)])
-    write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed)
+    write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed, quick=quick)
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
 
 
@@ -145,22 +154,20 @@ class _Training(NamedTuple):
 
     def __call__(self, network: nnx.Module, folder: Path, teacher: nnx.Module | None = None) -> nnx.Module:
         """The network after its best epoch; resumes from the folder."""
-        x, y = self.images.x, self.images.y
-        return ua.finetune(
-            network,
-            x[HELD_OUT:],
-            y[HELD_OUT:],
-            self.recipe,
-            original=teacher,
-            batch_norms=self.batch_norms,
-            validation=(x[:HELD_OUT], y[:HELD_OUT]),
-            prepare=self.entry.normalization(None).on_device,
-            progress=print,
-            checkpoint_dir=folder
-            / "-".join(
-                [f"{self.recipe.epochs}-{self.recipe.learning_rate:g}", *(["folded"] if not self.batch_norms else [])]
-            ),
-        ).model
+        kind = () if self.batch_norms else ("folded",)
+        more = {"batch_norms": self.batch_norms, "validation": self.images.held_out, **self._shared(folder, *kind)}
+        return ua.finetune(network, self.images.x, self.images.y, self.recipe, original=teacher, **more).model
+
+    def match(self, network: nnx.Module, folder: Path, original: nnx.Module) -> nnx.Module:
+        """The same without labels: only the outputs of the original are imitated."""
+        recipe = replace(self.recipe, weight_decay=0.0)
+        more = {"validation": self.images.held_out[0], **self._shared(folder, "match")}
+        return ua.match_outputs(network, original, self.images.x, recipe, **more).model
+
+    def _shared(self, folder: Path, *kind: str) -> dict[str, Any]:
+        name = "-".join([f"{self.recipe.epochs}-{self.recipe.learning_rate:g}", *kind])
+        prepare = self.entry.normalization(None).on_device
+        return {"prepare": prepare, "progress": print, "checkpoint_dir": folder / name}
 
 
 if __name__ == "__main__":

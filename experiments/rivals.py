@@ -113,6 +113,8 @@ def row_of(
 def main(
     network: str = "resnet20",
     cr: float = 2.0,
+    seed: Annotated[int, typer.Option(help="Neither method draws anything.")] = 0,
+    quick: Annotated[bool, typer.Option(help="Few images, to see that it runs.")] = False,
     data: Annotated[Path | None, typer.Option(envvar="UNIFIED_APPROX_DATA")] = None,
     models: Annotated[Path, typer.Option(envvar="UNIFIED_APPROX_MODELS")] = Path("models"),
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -120,14 +122,15 @@ def main(
     """Both rivals at one compression ratio."""
     start = time.perf_counter()
     images, model = datasets.load("cifar10", data), published.load(network, models)
-    test = zoo.entry(network).preprocess(images.x_test)
-    reference = evaluate.accuracy(model, test, images.y_test)
-    rows = [row_of(name, network, model, test, images.y_test, reference, cr) for name in RIVALS]
+    count = 200 if quick else len(images.x_test)
+    test, labels = zoo.entry(network).preprocess(images.x_test[:count]), images.y_test[:count]
+    reference = evaluate.accuracy(model, test, labels)
+    rows = [row_of(name, network, model, test, labels, reference, cr) for name in RIVALS]
     for row in rows:
         print({name: row[name] for name in ("method", "accuracy", "drop", "cr", "macs_ratio")})
     command = f"python experiments/rivals.py --network {network} --cr {cr:g}"
     out = json_file or RESULTS / f"rivals-{network}-cr{cr:g}.json"
-    write_results(out, command, rows, seconds=time.perf_counter() - start, seed=0)
+    write_results(out, command, rows, seconds=time.perf_counter() - start, seed=seed, quick=quick)
 
 
 if __name__ == "__main__":

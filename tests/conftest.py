@@ -8,6 +8,8 @@ import pytest
 
 # Small factorisations by OpenBLAS on several threads become a hundred times slower when another process is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Half of the suite is compilation. LLVM's optimisation of programs that run once costs a third of its time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # The workers, and the processes that tests start, compile much the same programs, most of them small.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
