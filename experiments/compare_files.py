@@ -21,7 +21,7 @@ from rich.table import Table
 
 import unified_approx as ua
 from unified_approx import comparison, datasets, evaluate, zoo
-from unified_approx.cost import choose_executions, network_cost
+from unified_approx.cost import fastest, network_cost
 from unified_approx.results import network_row, write_results
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ def main(
     dense = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(original, nnx.Not(nnx.RngState))))
     rows = []
     for name, file in chosen:
-        model, _ = choose_executions(ua.load(file), x[:64])
+        model = fastest(ua.load(file), x[:64])
         cost = network_cost(model, x[:2])
         times = comparison.latencies(original, model, x)
         size = ua.pack(work_dir / f"{name}.uapk", model)

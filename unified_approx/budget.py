@@ -3,6 +3,11 @@
 from dataclasses import asdict, dataclass
 from math import isfinite
 
+
+class UnreachableBudgetError(ValueError):
+    """A budget below what the layers can reach."""
+
+
 COSTS = ("params", "macs", "bytes", "latency")
 
 

@@ -1,6 +1,9 @@
 """Checkpoints of training runs, written by Orbax."""
 
+import json
+from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from unified_approx.files import claim
+from unified_approx.files import claim, replacing
 
 _KEPT = 2
 
@@ -16,13 +19,19 @@ _KEPT = 2
 class Checkpoints:
     """A folder of checkpoints that belongs to one training run."""
 
-    def __init__(self, path: str | PathLike[str], identity: dict[str, Any]):
+    def __init__(self, path: str | PathLike[str], identity: dict[str, Any], start: Sequence[float] = ()):
         """Open or create the folder.
+
+        Args:
+            path: of the folder.
+            identity: of the run; must be the same.
+            start: numbers that tell where the run started; must be nearly the same.
 
         Raises:
             ValueError: the folder holds other files, or the checkpoints of another run.
         """
         folder = claim(path, "checkpoint_dir", identity).absolute()
+        _check_start(folder / "start.json", list(start))
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder / "steps", options=options)
 
@@ -45,6 +54,19 @@ class Checkpoints:
         )
         restored = [_as(leaf, found["state"][str(i)]) for i, leaf in enumerate(leaves)]
         return {**jax.tree.unflatten(structure, restored), "history": found["history"]["epochs"]}
+
+
+def _check_start(file: Path, start: list[float]) -> None:
+    if not file.exists():
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(start))
+        return
+    found = json.loads(file.read_text())
+    if len(found) != len(start) or not np.allclose(found, start, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"checkpoint_dir: {file.parent} belongs to another run (its weights differ); give a new folder, or start "
+            "from the same networks"
+        )
 
 
 def _plain(leaf: Any) -> np.ndarray:

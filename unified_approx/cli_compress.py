@@ -92,16 +92,17 @@ def compress(
         row_mesh(1 if devices is None else devices)  # raises for too many before anything is loaded
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
-        examples = resolve.calibration_images(images.x_train, calibration, seed)
+        chosen = resolve.calibration_indices(len(images.x_train), calibration, seed)
+        examples, labels = images.x_train[chosen], images.y_train[chosen]
         screen = console()
         if dry_run:
-            planned = pipeline.plan(model, examples, rows=rows, seed=seed, group=group, **settings)
+            planned = pipeline.plan(model, examples, rows=rows, seed=seed, options=options, **settings)
             _show_plan(screen, planned)
             return
         reference = accuracy(model, images.x_test, images.y_test)
         run = {"options": options, "rows": rows, "seed": seed, "work_dir": work_dir, "devices": devices, **settings}
         with compact():
-            result = pipeline.compress(model, examples, **run)
+            result = pipeline.compress(model, examples, labels=labels, **run)
         result = comparison.with_fastest_executions(result, images.x_test)
         test = {"x_test": images.x_test, "y_test": images.y_test, "reference_accuracy": reference}
         row = comparison.compare(network, model, result, **test, out=out, form=form, group=group, m_step=m_step)

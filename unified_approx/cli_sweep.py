@@ -20,17 +20,31 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
         raise ValueError(f"--{name}: {text!r} is not understood; write numbers separated by commas") from None
 
 
+def _budgets(text: str | None) -> list[Any] | None:
+    if text is None or "=" not in text:
+        return _numbers("budgets", text)
+    from unified_approx.budget import Budget
+
+    return [Budget.parse(part) for part in text.split(";")]
+
+
 def sweep(
     network: Network,
     weights: Weights = None,
     data: Data = None,
     dataset: DataName = None,
-    budgets: Annotated[str | None, typer.Option(help="Fractions of the parameters: 0.7,0.5,0.3.")] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Fractions of the parameters: 0.7,0.5,0.3; or any budgets: 'macs=0.5;params=0.3,macs=0.4'."),
+    ] = None,
     lambda_sparse: Annotated[
         str | None, typer.Option(help="Penalties on the sparse part, fractions of their maximum: 0.1,0.05,0.02.")
     ] = None,
     lambda_rank: Annotated[str | None, typer.Option(help="Penalties on the low-rank part, likewise.")] = None,
     form: Annotated[str, typer.Option(help="As in compress.")] = "best",
+    group: Annotated[str, typer.Option(help="As in compress.")] = "column",
+    round_to: Annotated[int, typer.Option(help="As in compress.")] = 1,
+    keep: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="As in compress.")] = None,
     allocation: Annotated[str, typer.Option(help="As in compress.")] = "kl",
     calibration: Annotated[int, typer.Option(help="Training images to calibrate on.")] = 2000,
     rows: Annotated[int | None, typer.Option(help="Sampled output positions per layer.")] = None,
@@ -39,20 +53,24 @@ def sweep(
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a dask.distributed scheduler, in place of processes of this machine.")
     ] = None,
+    networks: Annotated[Path | None, typer.Option(help="Folder for the compressed networks.")] = None,
+    timed: Annotated[bool, typer.Option(help="Measure each point's speed against the original.")] = False,
     out: Annotated[Path, typer.Option(help="Parquet file; a killed sweep goes on from it.")] = Path("sweep.parquet"),
     debug: Debug = False,
 ) -> None:
     """Compress at many budgets or penalties; one row per point."""
     with errors(debug):
         from unified_approx import resolve, sweeping
+        from unified_approx.rules import Rule
 
         if workers < 1:
             raise ValueError(f"--workers: {workers}; give at least 1")
-        points = {"lambda_sparse": lambda_sparse, "lambda_rank": lambda_rank, "budgets": budgets}
+        points = {"lambda_sparse": lambda_sparse, "lambda_rank": lambda_rank}
         lists: dict[str, Any] = {name: _numbers(name.replace("_", "-"), text) for name, text in points.items()}
+        lists["budgets"] = _budgets(budgets)
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
-        examples = resolve.calibration_images(images.x_train, calibration, seed)
+        examples = images.x_train[resolve.calibration_indices(len(images.x_train), calibration, seed)]
         screen = console()
 
         def show(done: int, total: int, row: dict[str, Any]) -> None:
@@ -67,7 +85,12 @@ def sweep(
                 out=out,
                 executor=executor,
                 progress=show,
+                networks=networks,
+                timed=timed,
+                rules=[Rule(path=pattern, keep=True) for pattern in keep or ()],
                 form=form,
+                group=group,
+                round_to=round_to,
                 allocation=allocation,
                 rows=rows,
                 seed=seed,

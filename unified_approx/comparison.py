@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int
 from rich.table import Table
 
 from unified_approx.assemble import get
-from unified_approx.cost import BATCH, batch_of, choose_executions, fastest_dense, layer_calls, measure_latency
+from unified_approx.cost import BATCH, batch_of, fastest, fastest_dense, layer_calls, measure_latency
 from unified_approx.evaluate import accuracy
 from unified_approx.macs import factored_layers
 from unified_approx.report import Report
@@ -47,7 +47,7 @@ Some = TypeVar("Some", bound=Compressed)
 
 def with_fastest_executions(result: Some, x: Float32[np.ndarray, "n ..."], rounds: int = 10) -> Some:
     """The same result, each layer in the form that is fastest here on batches of 64."""
-    model, _ = choose_executions(result.model, batch_of(x), rounds=rounds)
+    model = fastest(result.model, batch_of(x), rounds=rounds)
     return replace(cast(Any, result), model=model)
 
 

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and folders that belong to one run."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
 _MANIFEST = "run.json"
+
+
+def fingerprint_of(*trees: PyTree) -> str:
+    """SHA-256 of all arrays, with their shapes and types."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

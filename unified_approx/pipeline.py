@@ -153,7 +153,10 @@ def plan(
     lambda_sparse: float | None = None,
     lambda_rank: float | None = None,
     rules: Sequence[Rule] = (),
+    form: str | None = None,
     group: str | None = None,
+    options: LayerOptions | None = None,
+    round_to: int | None = None,
     rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
@@ -183,7 +186,10 @@ def sensitivity(
     method: str = "kl",
     timed: bool = False,
     rules: Sequence[Rule] = (),
+    form: str | None = None,
     group: str | None = None,
+    options: LayerOptions | None = None,
+    round_to: int | None = None,
     rows: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
@@ -197,7 +203,10 @@ def sensitivity(
         model: the network; this and all others as in `compress`, and the same there as here, or it refuses the table.
         calibration: examples.
         rules: layers that they keep, or give budgets of their own, are left out.
+        form: whole channels and ranks are measured where it asks for them.
         group: "column" or "channel".
+        options: of the layer solver; `form`, `group` and `round_to` override theirs.
+        round_to: accepted for calls with the arguments of `compress`; sizes are rounded after they are chosen.
         rows: sampled output positions per layer; chosen when None.
         held_out: fraction of the examples.
         seed: of the sampled positions.

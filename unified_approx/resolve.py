@@ -174,14 +174,12 @@ def _scaled(x: Shaped[Any, "n ..."], largest: float) -> Float32[np.ndarray, "n .
     return images[..., None] if images.ndim == 3 else images
 
 
-def calibration_images(
-    x_train: Float32[np.ndarray, "train ..."], count: int, seed: int
-) -> Float32[np.ndarray, "count ..."]:
-    """`count` training images (all, if there are fewer) drawn without replacement, the same for the same seed.
+def calibration_indices(available: int, count: int, seed: int) -> Int[np.ndarray, " count"]:
+    """Which training images to calibrate on: `count` of them (all, if there are fewer), the same for the same seed.
 
     Raises:
         ValueError: fewer than 2.
     """
     if count < 2:
         raise ValueError(f"--calibration: {count} images; give at least 2, since some are held out")
-    return x_train[np.random.default_rng(seed).permutation(len(x_train))[:count]]
+    return np.random.default_rng(seed).permutation(available)[:count]

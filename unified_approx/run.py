@@ -126,10 +126,15 @@ class Run:
 
     def sensitivity_identity(self, method: str) -> str:
         """Identifies everything that a sensitivity table depends on; budgets do not count."""
-        sizes = {site.name: self.settings[site.path].options.group for site in self.capture.sites}
+        timed = self.arguments.timed
+        sizes = {
+            site.name: "+".join((settings.options.group, *settings.menu_forms(timed)))
+            for site in self.capture.sites
+            for settings in (self.settings[site.path],)
+        }
         settings = {
             "method": method,
-            "timed": self.arguments.timed,
+            "timed": timed,
             "groups": sizes,
             "held_out": self.held_out_from,
             "seed": self.arguments.seed,

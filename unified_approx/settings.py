@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from solvers.factor_sizes import check_ranks, cost
 from solvers.layer import LayerOptions, minimum_budget
 from solvers.sharding import Devices, row_mesh
-from unified_approx.budget import Budget
+from unified_approx.budget import Budget, UnreachableBudgetError
 from unified_approx.calling import Call, forward
 from unified_approx.rules import Rule
 from unified_approx.sites import LayerSite
@@ -42,6 +42,12 @@ class Settings:
     def sized(self) -> tuple[str, ...]:
         """Forms among which form and size decide what the layer will cost; none if that is only known once solved."""
         return _sized(self.options) if self.options.group == "channel" else ()
+
+    def menu_forms(self, timed: bool) -> tuple[str, ...]:
+        """Forms that the layer's menu keeps side by side; none if the better of them stands for a size."""
+        if timed:
+            return SIZED
+        return self.sized if self.sized and "columns" not in self.sized else ()
 
     @property
     def open(self) -> bool:
@@ -108,9 +114,9 @@ class Arguments:
         if np.any(site.outer_scale != 1):  # rows are rescaled after the solve, and identity rows would not survive that
             changes["gauge"] = False
         options = LayerOptions(**{**vars(self.options), **changes})
-        if self.budget is not None and self.budget.macs is not None:
+        if self.budget is not None and self.budget.macs is not None and options.ranks is None:
             options = _counted_in_macs(options, site)
-        if self.timed:
+        if self.timed and options.ranks is None:
             options = _counted_in_seconds(options, site)
         if rule.keep:
             return Settings(options=options, dense=BY_RULE)
@@ -215,11 +221,11 @@ def check_weights(model: nnx.Module) -> None:
 
 
 def check_reachable(site: LayerSite, settings: Settings) -> None:
-    """Raise a ValueError if the layer's fraction is below the smallest it can reach, naming that."""
+    """Raise an UnreachableBudgetError if the layer's fraction is below the smallest it can reach, naming that."""
     shape = site.geometry.matrix_shape
     least = minimum_budget(shape) / (shape.n * shape.p)
     if settings.options.ranks is None and settings.fraction is not None and settings.fraction < least:
-        raise ValueError(
+        raise UnreachableBudgetError(
             f"budget: params={settings.fraction:g} is below what layer {site.name!r} can reach; its minimum is "
             f"params={least:.4f}: raise the budget, or keep the layer with Rule(path={site.name!r}, keep=True)"
         )

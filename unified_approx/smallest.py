@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,12 +11,12 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from unified_approx import calibration as examples
-from unified_approx.budget import Budget
+from unified_approx.budget import Budget, UnreachableBudgetError
 from unified_approx.calling import forward
 from unified_approx.evaluate import accuracy
 
-_TRIALS = 6
-_RANGE = (0.05, 0.95)
+_TRIALS = 7
+_RANGE = (0.01, 0.95)  # of `params`; seven halvings of its logarithm end within 4 % of the smallest
 
 
 def smallest(
@@ -37,7 +38,7 @@ def smallest(
         labels: one integer per example.
         max_drop: points.
         compress: of `unified_approx.pipeline`.
-        arguments: of every trial, the budget aside.
+        arguments: of every trial, the budget aside; each has a folder of its own in `work_dir`.
 
     Raises:
         ValueError: labels are missing or do not fit, or no trial keeps the accuracy.
@@ -56,12 +57,12 @@ def smallest(
     low, high, best, table = *map(log, _RANGE), None, arguments["sensitivity"]
     for _ in range(_TRIALS):
         middle = (low + high) / 2
-        trial = {**arguments, "budget": Budget(params=exp(middle)), "sensitivity": table, "work_dir": None}
+        trial = {**arguments, "budget": Budget(params=exp(middle)), "sensitivity": table}
+        if arguments["work_dir"] is not None:
+            trial["work_dir"] = Path(arguments["work_dir"]) / f"params{exp(middle):.5f}"
         try:
             result = compress(model, data, **trial)
-        except ValueError as error:
-            if "budget" not in str(error):
-                raise
+        except UnreachableBudgetError:
             low = middle
             continue
         table = result.sensitivity

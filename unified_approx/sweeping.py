@@ -4,12 +4,19 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +29,8 @@ from jaxtyping import Array, Int, Shaped
 from unified_approx import calibration as examples
 from unified_approx.allocation import Sensitivity
 from unified_approx.budget import Budget
+from unified_approx.calling import forward
+from unified_approx.cost import batch_of, fastest, fastest_dense, measure_latency
 from unified_approx.evaluate import accuracy
 from unified_approx.files import replacing
 from unified_approx.pipeline import compress, sensitivity
@@ -68,6 +77,7 @@ class _Job:
     arguments: Mapping[str, Any]
     table: Sensitivity | None
     networks: str | None
+    timed: bool
 
 
 def _points(
@@ -116,11 +126,23 @@ def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], 
         "macs": report.macs,
         "budget_met": report.budget_met,
         "seconds": time.perf_counter() - start,
+        "speedup": _speedup(model, result.model, job) if job.timed else None,
         "layers": json.dumps(report.to_dict()["layers"]),
     }
     if job.networks is not None:
         result.save(Path(job.networks) / f"{point.index:05d}.safetensors")
     return row, {} if point.budget is not None else result.matrices
+
+
+def _speedup(original: nnx.Module, compressed: nnx.Module, job: _Job) -> float:
+    """Both in their fastest forms, interleaved, on batches of 64."""
+    call, batch = job.arguments.get("call") or forward, batch_of(job.data)
+    pair = {
+        "original": fastest_dense(original, batch, call=call)[0],
+        "compressed": fastest(compressed, batch, call=call),
+    }
+    times = measure_latency(pair, batch, call=call)
+    return times["original"] / times["compressed"]
 
 
 _SCHEMA = pa.schema(
@@ -134,6 +156,7 @@ _SCHEMA = pa.schema(
         *((name, pa.int64()) for name in ("params", "bits", "macs")),
         ("budget_met", pa.bool_()),
         ("seconds", pa.float64()),
+        ("speedup", pa.float64()),
         ("layers", pa.string()),
     ]
 )
@@ -196,6 +219,7 @@ def sweep(
     test: tuple[Shaped[np.ndarray | Array, "n ..."], Int[np.ndarray | Array, " n"]] | None = None,
     out: str | PathLike[str] = "sweep.parquet",
     networks: str | PathLike[str] | None = None,
+    timed: bool = False,
     executor: Executor | None = None,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
     **arguments: Any,
@@ -214,6 +238,8 @@ def sweep(
         test: (x, y) to measure accuracy on.
         out: Parquet file, one row per point, `layers` as JSON.
         networks: folder for the compressed networks; they are not kept by default.
+        timed: measure each network's speed against the original in its fastest dense form, on the worker that made it;
+            one worker at a time on a machine gives figures that mean something.
         executor: any `concurrent.futures.Executor`, for example a process pool or dask's `Client.get_executor()`; one
             thread of this process by default. A point whose worker dies is tried again twice.
         progress: called with (done, total, row).
@@ -224,71 +250,110 @@ def sweep(
 
     Raises:
         ValueError: contradictory or empty lists, a file of another sweep, or what `compress` raises.
-        RuntimeError: the executor died; finished points are kept, and the same call with another one goes on.
+        RuntimeError: the executor died, or a point failed again and again; finished points are kept, and the same call
+            with another executor goes on.
     """
     points = _points(budgets, lambda_sparse, lambda_rank)
     data = examples.gather(calibration)
-    file = SweepFile(out, _identity(model, data, points, arguments))
+    known = None if test is None else (np.asarray(test[0]), np.asarray(test[1]))
+    file = SweepFile(out, _identity(model, (data, known), points, arguments))
     for point in points:
         point.target()  # bad penalties show before any work
     if networks is not None:
         Path(networks).mkdir(parents=True, exist_ok=True)
-    table = None
+    table = arguments.pop("sensitivity", None)
     missing = [p for p in points if p.index not in file.rows]
-    if missing and budgets is not None and arguments.get("allocation", "kl") != "uniform":
+    if missing and budgets is not None and table is None and arguments.get("allocation", "kl") != "uniform":
         named = {k: v for k, v in arguments.items() if k in _OF_TABLE}
         method = {"method": arguments["allocation"]} if "allocation" in arguments else {}
-        table = sensitivity(model, data, progress=lambda event: None, **named, **method)
+        timed = any(point.target()["budget"].latency is not None for point in points)
+        table = sensitivity(model, data, progress=lambda event: None, timed=timed, **named, **method)
     graphdef, state = nnx.split(model)
-    known = None if test is None else (np.asarray(test[0]), np.asarray(test[1]))
     folder = None if networks is None else str(Path(networks).absolute())
-    job = _Job(graphdef, jax.tree.map(np.asarray, state), data, known, arguments, table, folder)
+    job = _Job(graphdef, jax.tree.map(np.asarray, state), data, known, arguments, table, folder, timed)
     own = ThreadPoolExecutor(max_workers=1) if executor is None else None
     try:
         for row in _run(job, points, file.rows, executor or own):  # pyright: ignore[reportArgumentType]
             file.add(row)
             if progress is not None:
                 progress(len(file.rows), len(points), row)
-    except BrokenProcessPool as error:
+    except _LostError as lost:
         raise RuntimeError(
-            f"executor: it died ({error}); {len(file.rows)} of {len(points)} points are in {out}: call again with a "
-            "new executor to go on"
-        ) from error
+            f"executor: {lost} ({lost.__cause__!r}); {len(file.rows)} of {len(points)} points are in {out}: call again "
+            "with a new executor to go on"
+        ) from lost.__cause__
     finally:
         if own is not None:
             own.shutdown(cancel_futures=True)
     return [file.rows[point.index] for point in points]
 
 
-_OF_TABLE = ("rules", "group", "rows", "held_out", "seed", "batch_size", "call")
+_OF_TABLE = ("rules", "form", "group", "options", "round_to", "rows", "held_out", "seed", "batch_size", "call")
+
+
+class _LostError(Exception):
+    """The executor lost a point; its cause says how."""
+
+
+class _Work(NamedTuple):
+    """A point that a worker has."""
+
+    point: Point
+    warm: Warm | None
+    attempt: int
 
 
 def _run(job: _Job, points: Sequence[Point], done: Mapping[int, Any], executor: Executor) -> Iterator[dict[str, Any]]:
-    """Rows as they are finished; each path has one point at a time in work."""
-    queues = {path: list(group) for path, group in itertools.groupby(points, key=lambda p: p.path)}
-    running: dict[Future[Any], tuple[Point, int]] = {}
+    """Rows as they are finished; each path has one point at a time in work.
 
-    def submit(path: int, warm: Warm | None) -> None:
+    A point whose worker died is tried again. What `compress` refuses is raised when the other points in work are done.
+    """
+    queues = {path: list(group) for path, group in itertools.groupby(points, key=lambda p: p.path)}
+    running: dict[Future[Any], _Work] = {}
+    refused: Exception | None = None
+
+    def submit(work: _Work) -> None:
+        try:
+            running[executor.submit(_solve, job, work.point, work.warm)] = work
+        except RuntimeError as error:  # broken, or shut down
+            raise _LostError("it takes no work") from error
+
+    def submit_next(path: int, warm: Warm | None) -> None:
         while queues[path] and queues[path][0].index in done:
             queues[path].pop(0)  # the matrices of points from an earlier run are gone: the path starts cold here
         if queues[path]:
-            point = queues[path].pop(0)
-            running[executor.submit(_solve, job, point, warm)] = (point, 1)
+            submit(_Work(queues[path].pop(0), warm, 1))
 
     for path in queues:
-        submit(path, None)
+        submit_next(path, None)
     while running:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            point, attempt = running.pop(future)
-            error = future.exception()
-            if error is not None:
-                if isinstance(error, ValueError | BrokenProcessPool) or attempt == _ATTEMPTS:
-                    raise error
-                running[executor.submit(_solve, job, point, None)] = (point, attempt + 1)
-                continue
-            row, warm = future.result()
-            yield row
-            submit(point.path, warm or None)
+            work = running.pop(future)
+            error = _error_of(future)
+            if isinstance(error, ValueError):
+                refused = error
+                for waiting in [f for f in running if f.cancel()]:
+                    running.pop(waiting)
+            elif error is None:
+                row, warm = future.result()
+                yield row
+                if refused is None:
+                    submit_next(work.point.path, warm or None)
+            elif isinstance(error, BrokenExecutor | CancelledError):
+                raise _LostError("it died") from error
+            elif work.attempt == _ATTEMPTS:
+                raise _LostError(f"point {work.point.index} failed {_ATTEMPTS} times") from error
+            elif refused is None:
+                submit(work._replace(attempt=work.attempt + 1))
+    if refused is not None:
+        raise refused
+
+
+def _error_of(future: Future[Any]) -> BaseException | None:
+    try:
+        return future.exception()
+    except CancelledError as error:
+        return error
 
 
 def _identity(model: nnx.Module, data: Any, points: Sequence[Point], arguments: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Training on one machine: epochs compiled as a whole, checkpoints that resume exactly."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -16,6 +17,7 @@ from jaxtyping import Array, Int, Shaped
 from unified_approx.calling import Call, forward
 from unified_approx.checkpoints import Checkpoints
 from unified_approx.evaluate import accuracy
+from unified_approx.files import fingerprint_of
 from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
 from unified_approx.objectives import CrossEntropy, Objective
 
@@ -108,7 +110,11 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The network after its best epoch (the last one where there was no validation), and the history."""
+    """The network after its best epoch (the last of finite loss where there was no validation), and the history.
+
+    A run whose loss is no longer finite ends there, with a warning; `best` is 0 where that was the first epoch, and the
+    network is the one that was given.
+    """
 
     model: nnx.Module
     history: tuple[Epoch, ...]
@@ -171,7 +177,10 @@ def train(
     inputs = Inputs(jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None, taught, fixed)
     history: list[Epoch] = []
     best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, moving)))
-    store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, _identity(model, recipe, objective, len(x)))
+    store = None
+    if checkpoint_dir is not None:
+        identity = _identity(model, recipe, objective, (x, y), None if optimizer is None else carry.optimizer)
+        store = Checkpoints(checkpoint_dir, identity, _sizes(model, teacher))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]
         best = (_best_epoch(history), found["best"])
@@ -194,8 +203,12 @@ def train(
             store.save(number, {"carry": carry, "best": best[1]}, lines)
         if progress is not None:
             progress(history[-1])
-        if not np.isfinite(loss):
-            break
+    if history and not np.isfinite(history[-1].loss):
+        warnings.warn(
+            f"training diverged in epoch {len(history)}; the network is that of epoch {best[0]}: lower the learning "
+            "rate, or clip gradients",
+            stacklevel=2,
+        )
     new = nnx.merge(graphdef, *best[1], fixed)
     new.eval()
     return Trained(model=new, history=tuple(history), best=best[0])
@@ -220,19 +233,39 @@ def _evaluating(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def _identity(model: nnx.Module, recipe: Recipe, objective: Objective, examples: int) -> dict[str, Any]:
-    shapes = {"/".join(map(str, k)): list(v.shape) for k, v in nnx.to_flat_state(nnx.state(model))}
-    return {"recipe": asdict(recipe), "objective": repr(objective), "examples": examples, "network": shapes}
+def _identity(model: nnx.Module, recipe: Recipe, objective: Objective, data: Any, optimizer: Any) -> dict[str, Any]:
+    """What is the same, bit for bit, in every run that goes on from the same checkpoints."""
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    whole = {k: np.asarray(v[...]) for k, v in state.items() if jnp.issubdtype(v.dtype, jnp.integer)}
+    return {
+        "recipe": asdict(recipe),
+        "objective": repr(objective),
+        "optimizer": str(jax.tree.structure(optimizer)),
+        "network": {"/".join(map(str, k)): list(v.shape) for k, v in state.items()},
+        "kept columns or codes": fingerprint_of({"/".join(map(str, k)): v for k, v in whole.items()}),
+        "data": fingerprint_of(data),
+    }
+
+
+def _sizes(*networks: nnx.Module | None) -> list[float]:
+    """Sum and norm of every weight: what was computed on the way here may differ in its last bits."""
+    states = [nnx.state(network, nnx.Param) for network in networks if network is not None]
+    weights = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(states)]
+    return [float(f(w)) for w in weights for f in (np.sum, np.linalg.norm)]
 
 
 def _best_epoch(history: list[Epoch]) -> int:
-    """The epoch of the best validation, the earliest of equals; the last one without validation."""
-    if not history or history[-1].score is None:
-        return len(history)
-    return max(history, key=lambda line: (line.score or 0.0, -line.epoch)).epoch
+    """The epoch of the best validation, the earliest of equals; the last without validation; 0 if none was finite."""
+    finite = [line for line in history if np.isfinite(line.loss)]
+    if not finite or finite[-1].score is None:
+        return len(finite)
+    return max(finite, key=lambda line: (line.score or 0.0, -line.epoch)).epoch
 
 
 def _is_over(history: list[Epoch], patience: int | None) -> bool:
+    """Whether the weights are lost, or patience is."""
+    if history and not np.isfinite(history[-1].loss):
+        return True
     return patience is not None and bool(history) and len(history) - _best_epoch(history) >= patience
 
 

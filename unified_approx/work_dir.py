@@ -1,12 +1,10 @@
 """Solved layers on disk, one file each, so that a killed run resumes at the next layer."""
 
-import hashlib
 import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
@@ -15,7 +13,7 @@ from safetensors.numpy import save_file
 
 from solvers.terms import Term
 from unified_approx.allocation.sensitivity import Sensitivity
-from unified_approx.files import claim, replacing
+from unified_approx.files import claim, fingerprint_of, replacing
 from unified_approx.layers import KINDS, layer_class
 
 _SENSITIVITY = "sensitivity.json"
@@ -23,13 +21,9 @@ _SENSITIVITY = "sensitivity.json"
 
 def fingerprint(settings: dict[str, Any], model: nnx.Module, data: PyTree) -> str:
     """SHA-256 of the settings, the weights and the data: two runs agree on it only if they would do the same."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
+    words = json.dumps(settings, sort_keys=True, default=repr).encode()
     weights = nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
-    for leaf in jax.tree.leaves((weights, data)):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    return fingerprint_of(np.frombuffer(words, np.uint8), weights, data)
 
 
 class WorkDir:

@@ -198,6 +198,59 @@ def test_smallest_network_that_keeps_the_accuracy(digits):
     assert result.report.params_ratio > 3
 
 
+def test_search_for_the_smallest_resumes_and_lets_other_errors_through(digits, tmp_path):
+    model, x, y, _, _ = digits
+    arguments = {"labels": y, "held_out": 0.3, "allocation": "uniform", "budget": ua.Budget(max_drop=100.0), **FAST}
+    result = ua.compress(model, x, work_dir=tmp_path, **arguments)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("layer-*")}
+    again = ua.compress(model, x, work_dir=tmp_path, **arguments)
+    assert again.report.params == result.report.params < 0.05 * again.report.original_params
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("layer-*")} == files
+    with pytest.raises(ValueError, match="give a budget or the two penalties"):
+        ua.compress(model, x, lambda_sparse=0.1, lambda_rank=0.1, **arguments)
+
+
+def test_the_least_that_is_named_can_be_had(digits, table):
+    model, x, *_ = digits
+    options = {k: v for k, v in FAST.items() if k not in ("form", "progress")} | {"sensitivity": table}
+    with pytest.raises(ValueError, match="below the smallest") as refused:
+        ua.plan(model, x, budget=ua.Budget(params=0.004), **options)
+    least = float(str(refused.value).split("reached, params=")[1].split(";")[0])
+    assert 0.004 < least < 0.05
+    plan = ua.plan(model, x, budget=ua.Budget(params=1.02 * least), **options)
+    assert len(plan.layers) == 4
+
+
+def test_ranks_among_whole_channels(digits):
+    arguments = {"form": "low_rank", "group": "channel", "rows": 1024, "batch_size": 50}
+    plan = ua.plan(digits[0], digits[1], budget=ua.Budget(params=0.5), **arguments)
+    assert plan.sensitivity is not None
+    assert {item.form for menu in plan.sensitivity.menus for item in menu.items} == {"low_rank", "dense"}
+    assert plan.layers
+
+
+def test_rules_with_ranks_beside_a_budget_of_macs(digits):
+    rule = ua.Rule(path="conv2", form="tucker2", ranks=(8, 8))
+    plan = ua.plan(digits[0], digits[1], budget=ua.Budget(macs=0.5), rules=[rule], allocation="uniform")
+    assert "conv2" in [layer["name"] for layer in plan.layers]
+
+
+def test_a_table_without_a_layer_that_is_asked_for(digits):
+    model, x, *_ = digits
+    fast = {"rows": 1024, "batch_size": 50}
+    table = ua.sensitivity(model, x, rules=[ua.Rule(path="conv1|fc", keep=True)], **QUIET, **fast)
+    with pytest.raises(ValueError, match="no sizes of layer '(conv1|fc)'"):
+        ua.plan(model, x, budget=ua.Budget(params=0.5), sensitivity=table, **fast)
+
+
+def test_second_order_allocation_from_end_to_end(digits):
+    model, x, _, test, labels = digits
+    result = ua.compress(model, x, budget=ua.Budget(params=0.4), allocation="fisher", **FAST)
+    assert result.budget_met
+    assert result.sensitivity.method == "fisher"
+    assert evaluate.accuracy(result.model, test, labels) > 90
+
+
 BAD = [
     ({"budget": ua.Budget(params=0.005)}, "below the smallest that can be reached, params=0.0"),
     ({"budget": ua.Budget(params=0.1), "rules": [ua.Rule(path="conv3", keep=True)]}, "already take 0.5"),

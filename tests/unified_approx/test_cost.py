@@ -238,6 +238,27 @@ def test_choose_executions_keeps_the_function(net, monkeypatch):
     assert cost.network_cost(dense, X).params == cost.network_cost(net, X).params
 
 
+def test_what_is_faster_alone_but_not_in_the_network_is_merged(net, monkeypatch):
+    model = compressed(net)
+    asked = []
+
+    def pretend(candidates, *x, call=None, rounds=0):
+        if all(isinstance(form, Factored) for form in candidates.values()):
+            return {name: {"merged": 3.0, "matmul": 2.0}.get(name, 1.5) for name in candidates}
+        forms = {name: network.blocks[0].execution for name, network in candidates.items()}
+        asked.append(set(forms.values()))
+        return {name: 1.0 if form == "matmul" else 2.0 for name, form in forms.items()}
+
+    monkeypatch.setattr(cost, "measure_latency", pretend)
+    new: Any = cost.fastest(model, X)
+    assert len(asked[0]) == 2
+    assert "matmul" in asked[0]
+    assert new.blocks[0].execution == "matmul"
+    assert new.conv1.execution == "matmul"  # left dense, but not left slow
+    expected = nnx.jit(lambda m, x: m(x))(model, X)
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(new, X), expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
 def test_measured_dense_form_reports_both():
     choice = cost.fastest_dense_form(Geometry((3, 3), 4, 4, (1, 1), "SAME"), (2, 4, 4, 4), rounds=3)
     assert set(choice.seconds) == {"merged", "matmul"}

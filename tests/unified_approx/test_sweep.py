@@ -11,10 +11,12 @@ from multiprocessing import get_context
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_allocation import seconds_by_size
 from typer.testing import CliRunner
 
 import unified_approx as ua
-from unified_approx import cli, datasets, zoo
+from unified_approx import cli, cost, datasets, sweeping, zoo
+from unified_approx.allocation import timing
 from unified_approx.plots import pareto_front
 from unified_approx.sweeping import read_table
 
@@ -76,6 +78,33 @@ def test_any_executor_and_budgets(digits, tmp_path):
     assert [row["budget"] for row in rows] == ["params=0.6", "macs=0.3"]
     assert all(row["budget_met"] for row in rows)
     assert ua.load(tmp_path / "networks" / "00001.safetensors") is not None
+
+
+def test_budgets_of_seconds_and_measured_speed(digits, tmp_path, monkeypatch):
+    model, x, test = digits
+    for module in (cost, timing, sweeping):
+        monkeypatch.setattr(module, "measure_latency", seconds_by_size)
+    arguments = {name: value for name, value in FAST.items() if name != "form"}
+    row, *_ = ua.sweep(
+        model, x, budgets=[ua.Budget(latency=0.8)], test=test, out=tmp_path / "t.parquet", timed=True, **arguments
+    )
+    assert row["budget"] == "latency=0.8"
+    assert row["budget_met"]
+    assert 1.25 <= row["speedup"] < 1.6
+    assert read_table(tmp_path / "t.parquet").to_pylist() == [row]
+
+
+def test_a_point_that_is_refused_costs_no_other(digits, tmp_path):
+    model, x, test = digits
+    out = tmp_path / "r.parquet"
+    arguments = {"budgets": [0.6, 0.004], "test": test, "out": out, "allocation": "uniform", **FAST}
+    with pytest.raises(ValueError, match="below the smallest"), ThreadPoolExecutor(2) as pool:
+        ua.sweep(model, x, executor=pool, **arguments)
+    assert [row["budget"] for row in read_table(out).to_pylist()] == ["params=0.6"]
+    with pytest.raises(ValueError, match="another sweep"):
+        ua.sweep(model, x, **{**arguments, "test": (test[0][:10], test[1][:10])})
+    with pytest.raises(RuntimeError, match="takes no work .*; 1 of 2 points are in"):
+        ua.sweep(model, x, executor=pool, **arguments)  # which is shut down
 
 
 def test_an_executor_that_dies_loses_nothing(digits, tmp_path):
@@ -141,15 +170,18 @@ def test_commands(swept, tmp_path):
         return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
     out, picture = tmp_path / "c.parquet", tmp_path / "p.png"
-    arguments = ("--budgets", "0.6,0.4", "--allocation", "uniform", "--form", "columns", "--rows", 256)
+    arguments = ("--budgets", "params=0.6;params=0.6,macs=0.4", "--allocation", "uniform", "--form", "columns")
+    arguments += ("--rows", 256, "--keep", "fc", "--round-to", 2, "--networks", tmp_path / "networks", "--timed")
     done = run("sweep", "digits", *arguments, "--calibration", 100, "--out", out)
     assert done.exit_code == 0, done.output
     assert "2/2" in done.output
+    assert len(list((tmp_path / "networks").iterdir())) == 2
     drawn = run("plot", swept[0], out, "--out", picture, "--axis", "macs")
     assert drawn.exit_code == 0, drawn.output
     assert picture.stat().st_size > 10_000
     assert run("plot", out, "--axis", "beauty").exit_code == 2
-    assert run("plot", out, "--axis", "speedup", "--out", picture).exit_code == 2
+    assert run("plot", out, "--axis", "speedup", "--out", picture).exit_code == 0
+    assert run("plot", swept[0], "--axis", "speedup", "--out", picture).exit_code == 2
     assert run("sweep", "digits", "--budgets", "half").exit_code == 2
 
 

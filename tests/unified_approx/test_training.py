@@ -129,8 +129,30 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(digits, tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="its recipe differs"):
         train(zoo.load("digits"), x, y, RECIPE, checkpoint_dir=tmp_path / "c")
-    with pytest.raises(ValueError, match="its network differs"):
-        train(zoo.create("lenet300"), x, y, recipe, checkpoint_dir=tmp_path / "c")
+    other = zoo.load("digits")
+    other.conv2.kernel[...] = 1.1 * other.conv2.kernel[...]
+    for network, change, differs in (
+        (zoo.create("lenet300"), {}, "network"),
+        (other, {}, "weights"),
+        (zoo.load("digits"), {"teacher": other}, "weights"),
+        (zoo.load("digits"), {"optimizer": optax.adam(1e-3)}, "optimizer"),
+    ):
+        with pytest.raises(ValueError, match=f"its {differs} differ"):
+            train(network, x, y, recipe, checkpoint_dir=tmp_path / "c", **change)
+    with pytest.raises(ValueError, match="its data differs"):
+        train(zoo.load("digits"), x[::-1], y, recipe, checkpoint_dir=tmp_path / "c")
+
+
+def test_a_run_that_diverges_ends_with_the_last_sound_network(digits, tmp_path):
+    x, y = (array[:256] for array in digits[:2])
+    recipe = Recipe(epochs=3, batch_size=64, augment=None, clip=np.inf)
+    rates = lambda step: jnp.where(step < 4, 1e-3, 1e9)  # noqa: E731 - sound in the first epoch, not after
+    for _ in range(2):  # the second time from the checkpoint: it stays ended
+        with pytest.warns(UserWarning, match="diverged in epoch [23]; the network is that of epoch"):
+            done = train(zoo.load("digits"), x, y, recipe, optimizer=optax.sgd(rates), checkpoint_dir=tmp_path / "c")
+        assert np.isfinite(done.history[done.best - 1].loss)
+        assert not np.isfinite(done.history[-1].loss)
+        assert np.isfinite(evaluate.predict(done.model, x[:8])).all()
 
 
 def test_augmentation_moves_and_mirrors_but_keeps_the_pixels():

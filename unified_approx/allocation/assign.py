@@ -1,6 +1,6 @@
 """From the budget of the network to what each layer is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from unified_approx.allocation.knapsack import Choice, choose
 from unified_approx.allocation.menu import LayerMenu
 from unified_approx.allocation.sensitivity import Sensitivity
 from unified_approx.allocation.timing import Clock
-from unified_approx.budget import Budget
+from unified_approx.budget import Budget, UnreachableBudgetError
 from unified_approx.cost import NetworkCost
 from unified_approx.settings import Settings
 from unified_approx.sites import LayerSite, Path
@@ -50,7 +50,7 @@ def open_limits(
             fixed = total - sum(_cost(run, site, name) * _saved(run.settings[site.path]) for site in run.capture.sites)
         limits[name] = fraction * (scale or {}).get(name, 1.0) * total - fixed
         if limits[name] <= 0:
-            raise ValueError(
+            raise UnreachableBudgetError(
                 f"budget: {name}={fraction:g}, but the layers that are kept or have budgets of their own already take "
                 f"{fixed / total:.4f} of the network; raise the budget above that or let more layers be compressed"
             )
@@ -72,9 +72,9 @@ def _saved(settings: Settings) -> float:
 def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
     """The same fraction for every open layer, or its least where that is more; the largest within all limits."""
     sites, limits = _open_sites(run), open_limits(run, budget)
-    _check_reachable(run, sites, budget, limits)
     least = np.array([minimum_budget(s.geometry.matrix_shape) / _cost(run, s, "params") for s in sites])
     costs = {name: np.array([_cost(run, s, name) for s in sites]) for name in limits}
+    _check_reachable(run, budget, limits, {name: float(cost @ least) for name, cost in costs.items()})
 
     def too_much(fraction: float) -> bool:
         shares = np.maximum(fraction, least)
@@ -94,7 +94,8 @@ def assign_by_loss(
     """The sizes of least expected loss within all limits; where forms differ in more than their error, those too."""
     sites, limits = _open_sites(run), open_limits(run, budget, table.clock, scale)
     menus = [_menu(table, site, run.settings[site.path].sized) for site in sites]
-    _check_reachable(run, sites, budget, limits, table)
+    least = {name: sum(min(item.cost(name) for item in menu.items) for menu in menus) for name in limits}
+    _check_reachable(run, budget, limits, least, table)
     choice = choose(menus, limits)
     found = {}
     for site, item in zip(sites, choice.items, strict=True):
@@ -111,7 +112,12 @@ def assign_by_loss(
 
 def _menu(table: Sensitivity, site: LayerSite, forms: tuple[str, ...]) -> LayerMenu:
     """The layer's sizes; where the form is settled with the size, in the given forms only."""
-    menu = next(m for m in table.menus if m.name == site.name)
+    menu = next((m for m in table.menus if m.name == site.name), None)
+    if menu is None:
+        raise ValueError(
+            f"sensitivity: the table has no sizes of layer {site.name!r}, which was kept or had a budget of its own "
+            "when it was measured; measure again with these rules"
+        )
     return replace(menu, items=tuple(i for i in menu.items if not forms or i.form in (*forms, "dense")))
 
 
@@ -121,21 +127,18 @@ def _open_sites(run: "Run") -> list[LayerSite]:
 
 def _check_reachable(
     run: "Run",
-    sites: Sequence[LayerSite],
     budget: Budget,
     limits: Mapping[str, float],
+    least: Mapping[str, float],
     table: Sensitivity | None = None,
 ) -> None:
+    """Raise an error that names the smallest reachable fraction if the least cost is above a limit."""
     for name, limit in limits.items():
-        if table is not None and table.clock is not None and name == "latency":
-            total, least = table.clock.original, sum(min(i.cost(name) for i in menu.items) for menu in table.menus)
-        else:
-            total = total_cost(run.cost, name)
-            positions = [run.positions(site) if name == "macs" else 1 for site in sites]
-            least = sum(minimum_budget(s.geometry.matrix_shape) * q for s, q in zip(sites, positions, strict=True))
-        if limit < least:
-            reachable = budget.given()[name] + (least - limit) / total
-            raise ValueError(
+        clock = None if table is None else table.clock
+        total = clock.original if clock is not None and name == "latency" else total_cost(run.cost, name)
+        if limit < least[name]:
+            reachable = budget.given()[name] + (least[name] - limit) / total
+            raise UnreachableBudgetError(
                 f"budget: {name}={budget.given()[name]:g} is below the smallest that can be reached, "
                 f"{name}={reachable:.4f}; raise it, or let more layers be compressed"
             )

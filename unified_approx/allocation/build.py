@@ -93,7 +93,8 @@ def _layer(
     )
     with jax.enable_x64(found.wide):
         curves = error_curves(found.stats, found.w, shape, options.group)
-    items = make_items(curves, shape, run.positions(site), minimum_budget(shape), each_form=timer is not None)
+    forms = run.settings[site.path].menu_forms(timed=timer is not None)
+    items = make_items(curves, shape, run.positions(site), minimum_budget(shape), forms=forms)
     if timer is not None:
         items = timer.timed(site, items)
     points = []

@@ -8,6 +8,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_array
 
 from unified_approx.allocation.menu import Item, LayerMenu
+from unified_approx.budget import UnreachableBudgetError
 
 GAP = 1e-4  # relative to the optimum
 
@@ -35,7 +36,7 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
         limits: by cost name ("params", "macs", "bytes"): the most that all layers together may cost.
 
     Raises:
-        ValueError: no choice is within all limits.
+        UnreachableBudgetError: no choice is within all limits.
     """
     items = [item for menu in menus for item in menu.items]
     owner = np.repeat(np.arange(len(menus)), [len(menu.items) for menu in menus])
@@ -56,8 +57,9 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
         options={"mip_rel_gap": GAP, "time_limit": 60},
     )
     if found.x is None:
-        names = ", ".join(limits)
-        raise ValueError(f"budget: no choice of sizes meets the limits on {names} together; relax one of them")
+        raise UnreachableBudgetError(
+            f"budget: no choice of sizes meets the limits on {', '.join(limits)} together; relax one of them"
+        )
     chosen = np.flatnonzero(found.x > 0.5)
     return Choice(
         items=tuple(items[i] for i in chosen), loss=float(losses[chosen].sum()), gap=float(found.mip_gap or 0.0)

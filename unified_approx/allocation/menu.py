@@ -1,5 +1,6 @@
 """What one layer could become: sizes with their costs and their error."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log2
 
@@ -62,24 +63,24 @@ class LayerMenu:
 
 
 def make_items(
-    curves: ErrorCurves, shape: MatrixShape, positions: int, least: float, *, each_form: bool = False
+    curves: ErrorCurves, shape: MatrixShape, positions: int, least: float, *, forms: Sequence[str] = ()
 ) -> list[Item]:
-    """The better of columns and low rank at each size of a grid, or both of them; dense included.
+    """The better of columns and low rank at each size of a grid, or each of the given forms; dense included.
 
-    Whole channels stand alone unless both are wanted: what they save in other layers, low rank does not.
+    Whole channels stand alone unless more is asked for: what they save in other layers, low rank does not.
 
     Args:
         curves: of the layer.
         shape: likewise.
         positions: output positions per example.
         least: the smallest budget in stored values.
-        each_form: keep both forms, because they differ in more than their error, in speed for example.
+        forms: these side by side, because they differ in more than their error, in speed for example.
     """
     n, p = shape.n, shape.p
-    sizes = np.maximum(_SIZES * n * p, least)
-    makers = (_columns, _rank) if each_form or curves.group_size == 1 else (_columns,)
-    forms = [[item for v in sizes if (item := make(curves, v, n, p)) is not None] for make in makers]
-    groups = forms if each_form else [sum(forms, [])]
+    sizes = [least, *np.maximum(_SIZES * n * p, least)]
+    makers = [_MAKERS[form] for form in forms or (("columns", "low_rank") if curves.group_size == 1 else ("columns",))]
+    found = [[item for v in sizes if (item := make(curves, v, n, p)) is not None] for make in makers]
+    groups = found if forms else [sum(found, [])]
     items = [item for group in groups for item in _falling([item for item in group if item.error < 1])]
     scaled = [replace(item, macs=item.macs * positions) for item in items]
     dense = Item(form="dense", size=p, values=float(n * p), macs=float(n * p * positions), error=0.0)
@@ -112,6 +113,9 @@ def _rank(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
         macs=float(rank * (n + p)),
         error=float(curves.low_rank[rank]),
     )
+
+
+_MAKERS = {"columns": _columns, "low_rank": _rank}
 
 
 def _falling(items: list[Item]) -> list[Item]:

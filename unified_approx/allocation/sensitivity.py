@@ -60,7 +60,7 @@ class Sensitivity:
 
         layers = {}
         for menu in self.menus:
-            items = [item for item in menu.items if item.form != "dense"]
+            items = sorted((item for item in menu.items if item.form != "dense"), key=lambda item: item.values)
             total = menu.shape[0] * menu.shape[1]
             layers[menu.name] = [item.values / total for item in items], [item.loss for item in items]
         return sensitivity_curves(path, layers, title=f"one layer at a time, {self.method}")

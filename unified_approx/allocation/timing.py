@@ -10,7 +10,7 @@ from jaxtyping import Float, PyTree
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Term
 from unified_approx.allocation.menu import Item
 from unified_approx.calling import Call
-from unified_approx.cost import Stopwatch, batch_of, choose_executions, fastest_dense, layer_calls, measure_latency
+from unified_approx.cost import Stopwatch, batch_of, fastest, fastest_dense, layer_calls, measure_latency
 from unified_approx.layers import Factored, factored_class
 from unified_approx.sites import LayerSite, Path
 
@@ -67,7 +67,7 @@ class LayerTimer:
 
     def against_dense(self, model: nnx.Module) -> tuple[nnx.Module, float]:
         """A network in its fastest executions, and its seconds over those of the original, interleaved runs."""
-        fast, _ = choose_executions(model, self.batch, call=self._call, rounds=self._rounds)
+        fast = fastest(model, self.batch, call=self._call, rounds=self._rounds)
         both = {"original": self._dense, "new": fast}
         found = measure_latency(both, self.batch, call=self._call, rounds=2 * self._rounds)
         return fast, found["new"] / found["original"]
