@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from unified_approx.coding import Coded, decode
 from unified_approx.description import Network, Tensors, arrays_of, build, describe
 from unified_approx.files import replacing
 from unified_approx.packing import container
+from unified_approx.packing.byte_streams import DamagedError, inflate
 from unified_approx.pieces import parameters_of, with_values
 
 FORMAT = 2  # 1 had no coded parameters
@@ -162,7 +164,7 @@ def _pack(report: Mapping[str, Any]) -> str:
 
 
 def _unpack(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else json.loads(zlib.decompress(base64.b64decode(text)))
+    return None if text is None else json.loads(inflate(base64.b64decode(text), container.LONGEST_HEADER))
 
 
 def _versions() -> dict[str, str]:
@@ -226,19 +228,23 @@ def _decode(array: np.ndarray, encoding: Mapping[str, Any] | None) -> np.ndarray
     return array.astype(np.int32)
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_header(path: str | os.PathLike[str], largest: int = container.LARGEST) -> dict[str, Any]:
     """The header of a file that `save` wrote, its report included; the arrays are neither read nor checked.
+
+    Args:
+        path: of the file.
+        largest: bytes that the arrays may take in memory.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is truncated or no safetensors file, that another program wrote, or of a newer format.
     """
     if is_packed(path):
-        return {"report": None, **container.parse(FilePath(path).read_bytes()).header}
+        return {"report": None, **container.parse(FilePath(path).read_bytes(), largest).header}
     header, _ = _read(path, with_tensors=False)
     try:
         return {**header, "report": _unpack(header.get("report"))}
-    except (ValueError, TypeError, zlib.error) as error:
+    except (ValueError, TypeError, DamagedError) as error:
         raise ValueError(f"path: the report in {path} is corrupted ({error}); get a fresh copy") from error
 
 
@@ -269,7 +275,7 @@ def _parse(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     return header
 
 
-def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Module:
+def load(path: str | os.PathLike[str], like: nnx.Module | None = None, largest: int = container.LARGEST) -> nnx.Module:
     """The network that was saved: same outputs, bit for bit, in the same execution forms.
 
     Args:
@@ -277,6 +283,7 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Mo
         like: the original network, with any weights (made under `nnx.eval_shape` is enough); not changed. Networks of
             the zoo do not need it. What is not stored (random number generators) is taken from it. The result is in
             evaluation mode if the network is from the zoo, else in the mode of `like`.
+        largest: bytes that the arrays may take in memory; a file that says it needs more is refused.
 
     Raises:
         FileNotFoundError: no such file.
@@ -284,16 +291,41 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None) -> nnx.Mo
             zoo without `like`; weights that do not fit the network: the first mismatch is named.
     """
     if is_packed(path):
-        packed = container.parse(FilePath(path).read_bytes())
-        return build(path, packed.header, packed.arrays(), like)
+        packed = container.parse(FilePath(path).read_bytes(), largest)
+        return _built(path, packed.header, packed.arrays(), like)
     header, tensors = _read(path, with_tensors=True)
     digest = header.pop("sha256")
     if _checksum(header, tensors) != digest:
         raise ValueError(f"path: {path} is corrupted (its checksum does not match); get a fresh copy")
     streams = [tensors.pop(f"{_CODED}.{i}") for i in range(len(header.get("coded", ())))]
+    _check_size(path, header["encodings"], largest)
     arrays = {name: _decode(array, header["encodings"].get(name)) for name, array in tensors.items()}
-    model = build(path, header, arrays, like)
+    model = _built(path, header, arrays, like)
     values = {}
     for entry, stream in zip(header.get("coded", ()), streams, strict=True):
         values |= decode(entry, stream)
     return with_values(model, values) if values else model
+
+
+def _built(
+    path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Tensors, like: nnx.Module | None
+) -> nnx.Module:
+    try:
+        return build(path, header, arrays, like)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"path: {path} describes no network that this version can build ({error!r}); get a fresh copy"
+        ) from error
+
+
+def _check_size(path: str | os.PathLike[str], encodings: Mapping[str, Any], largest: int) -> None:
+    """What is stored as nothing takes room once it is read."""
+    try:
+        sizes = [4 * prod(e.get("shape", (e.get("count", 0),))) for e in encodings.values()]
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"path: {path} is corrupted (encodings: {error}); get a fresh copy") from error
+    if sum(sizes) > largest or min(sizes, default=0) < 0:
+        raise ValueError(
+            f"largest: the arrays of {path} take {sum(sizes):,} bytes, {largest:,} are allowed; give more if you trust "
+            "them"
+        )

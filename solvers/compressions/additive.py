@@ -102,6 +102,10 @@ class Additive(Compression):
         terms = tuple(term for own in found for term in own)
         return terms if len(found) == len(each) and is_smaller(terms, shape) else None
 
+    def term_bits(self, theta: tuple[Theta, ...], shape: MatrixShape) -> tuple[int, ...]:
+        """Those of all parts."""
+        return sum((part.term_bits(own, shape) for part, own in zip(self.parts, theta, strict=True)), start=())
+
     def settle(self, theta: tuple[Theta, ...]) -> tuple[Theta, ...]:
         """See `Compression.settle`."""
         return tuple(part.settle(own) for part, own in zip(self.parts, theta, strict=True))

@@ -74,6 +74,10 @@ class Compression(ABC):
         """Theta as pieces of a layer that is smaller than the dense one; None where there is no such layer."""
         return None
 
+    def term_bits(self, theta: Theta, shape: MatrixShape) -> tuple[int, ...]:
+        """Bits of a value of each of the `terms`: 32, or 16 where the values are those of float16."""
+        return (FLOAT_BITS,) * len(self.terms(theta, shape) or ())
+
     def settle(self, theta: Theta) -> Theta:
         """Theta as it can be stored, after training has moved its values: rounded to fewer bits, where it is so."""
         return theta

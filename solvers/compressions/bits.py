@@ -55,8 +55,9 @@ class Reader:
     def integers(self, count: int, width: int) -> Int[np.ndarray, " count"]:
         """What `write_bits` wrote."""
         size = _word(width)
+        taken = self._take(count * width)  # before room is made for what a damaged stream says
         words = np.zeros((count, 8 * size), np.uint8)
-        words[:, 8 * size - width :] = self._take(count * width).reshape(count, width)
+        words[:, 8 * size - width :] = taken.reshape(count, width)
         return np.packbits(words, axis=1).view(f">u{size}").reshape(count).astype(np.int64)
 
     def floats(self, count: int, bits: int = FLOAT_BITS) -> Float32[np.ndarray, " count"]:

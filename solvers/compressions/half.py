@@ -10,20 +10,19 @@ from jaxtyping import Array, ArrayLike, Float
 from solvers.compressions.base import Compression, rounded
 from solvers.compressions.bits import Bits, Reader, write_floats
 
-_BITS = 16
-
 
 @dataclass(frozen=True)
 class Half(Compression):
     """float16 values: theta is the rounded weights."""
 
     word: ClassVar = "half"
+    value_bits: ClassVar[int] = 16
 
     def compress(
         self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: Float[Array, "..."] | None = None
     ) -> Float[Array, "..."]:
         """The nearest values."""
-        return rounded(target, _BITS)
+        return rounded(target, self.value_bits)
 
     def decompress(self, theta: Float[Array, "..."]) -> Float[Array, "..."]:
         """As they are."""
@@ -31,16 +30,16 @@ class Half(Compression):
 
     def settle(self, theta: Float[Array, "..."]) -> Float[Array, "..."]:
         """See `Compression.settle`."""
-        return rounded(theta, _BITS)
+        return rounded(theta, self.value_bits)
 
     def bits(self, theta: Float[Array, "..."]) -> int:
         """16 for each weight."""
-        return _BITS * theta.size
+        return self.value_bits * theta.size
 
     def encode(self, theta: Float[Array, "..."]) -> Bits:
         """The values."""
-        return write_floats(theta, _BITS)
+        return write_floats(theta, self.value_bits)
 
     def decode(self, reader: Reader, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """See `Compression.decode`."""
-        return jnp.asarray(reader.floats(int(np.prod(shape)), _BITS).reshape(shape))
+        return jnp.asarray(reader.floats(int(np.prod(shape)), self.value_bits).reshape(shape))

@@ -97,6 +97,10 @@ class FactoredForm(Compression):
             term = stored.LowRank(u, v, np.arange(shape.p, dtype=np.int32))
         return (term,) if is_smaller((term,), shape) else None
 
+    def term_bits(self, theta: Factors, shape: MatrixShape) -> tuple[int, ...]:
+        """See `Compression.term_bits`."""
+        return (self.value_bits,) * len(self.terms(theta, shape) or ())
+
     def settle(self, theta: Factors) -> Factors:
         """See `Compression.settle`."""
         return Factors(rounded(theta.u, self.value_bits), rounded(theta.v, self.value_bits), theta.rank)

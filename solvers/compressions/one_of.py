@@ -87,6 +87,11 @@ class OneOf(Compression):
         part, own = self._chosen(theta)
         return part.terms(own, shape)
 
+    def term_bits(self, theta: Choice, shape: MatrixShape) -> tuple[int, ...]:
+        """Of the chosen form."""
+        part, own = self._chosen(theta)
+        return part.term_bits(own, shape)
+
     def settle(self, theta: Choice) -> Choice:
         """See `Compression.settle`."""
         pairs = zip(self.parts, theta.thetas, strict=True)

@@ -167,6 +167,12 @@ class Cp(_TensorForm):
     def _options(self) -> CpOptions:
         return CpOptions(sweeps=self.sweeps, restarts=self.restarts, seed=self.seed)
 
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`; a separable form needs a window of height and width."""
+        if self.separable and len(layers) == 1 and len(layers[0].window) != 2:
+            raise ValueError(f"separable: the window {layers[0].window} has no height and width; leave it out")
+        return super().bind(target, layers)
+
     def _modes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         n, places, c_in = self._cube(shape)
         return (n, *(self.window if self.separable else (places,)), c_in)

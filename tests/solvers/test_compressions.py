@@ -535,3 +535,8 @@ BAD = [
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_separable_cp_needs_height_and_width():
+    with pytest.raises(ValueError, match="separable: the window"):
+        Cp(2, separable=True).bind(jnp.ones((4, 6)), (MatrixShape((3,), 2, 4),))

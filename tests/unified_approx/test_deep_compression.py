@@ -226,3 +226,21 @@ BAD = [
 def test_bad_input(digits, call, message):
     with pytest.raises(ValueError, match=message):
         call(*digits[:3])
+
+
+class Grouped(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(4, 8, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0))
+        self.fc = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.fc(self.conv(x).mean((1, 2)))
+
+
+def test_codebook_layers_leave_grouped_convolutions_alone():
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 4)).astype(np.float32)
+    result = share(Grouped(), bits=2)
+    new = with_codebook_layers(result)
+    assert isinstance(new.conv, nnx.Conv)
+    assert not isinstance(new.fc, nnx.Linear)
+    np.testing.assert_allclose(new(x), result.model(x), atol=1e-5)

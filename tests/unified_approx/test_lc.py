@@ -31,8 +31,10 @@ from unified_approx.learning_compression import (
     exponential,
     informed,
     lc,
+    run_state,
 )
 from unified_approx.learning_compression.c_step import c_step, direct
+from unified_approx.learning_compression.result import Step
 from unified_approx.learning_compression.tasks import resolve
 from unified_approx.pieces import parameters_of, with_values
 
@@ -419,3 +421,8 @@ def test_more_values_than_distinct_weights(digits):
 def test_bad_arguments(digits, make, message):
     with pytest.raises(ValueError, match=message):
         make(digits)
+
+
+def test_a_step_without_a_finite_loss_is_never_the_best():
+    lines = [Step(step=i, mu=0.1, loss=loss, penalty=0.0) for i, loss in enumerate([np.nan, 2.0, np.inf, 1.0])]
+    assert [run_state._best_step(lines[: i + 1]) for i in range(4)] == [0, 1, 1, 3]

@@ -56,6 +56,10 @@ TASKS = {
         Task(path="conv2", compression=LowRank(5, value_bits=16)),
         Task(path="fc", compression=PruneL0(700, 16)),
     ],
+    "float16 in sums and choices": [
+        Task(path="conv2", compression=Additive((PruneGroups(9), LowRank(2, value_bits=16)))),
+        Task(path="conv3", compression=RankSelection(8e-3, scheme="auto", value_bits=16)),
+    ],
     "channels and columns": [
         Task(path="conv2", compression=PruneGroups(9, CHANNELS)),
         Task(path="conv3", compression=PruneGroups(0.3)),
@@ -108,7 +112,9 @@ def test_a_file_gives_the_network_back_and_takes_the_bits_that_are_counted(digit
             np.testing.assert_array_equal(value, parameters_of(small)[path])
 
 
-@pytest.mark.parametrize("name", ["low rank, both schemes", "channels and columns", "selected ranks"])
+@pytest.mark.parametrize(
+    "name", ["low rank, both schemes", "channels and columns", "selected ranks", "float16 in sums and choices"]
+)
 def test_layers_are_smaller(digits, name):
     model, x = digits[0], digits[3][:2]
     result = compressed(model, *TASKS[name])

@@ -4,6 +4,7 @@ import tracemalloc
 
 import hypothesis
 import hypothesis.extra.numpy as arrays_of
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -235,6 +236,49 @@ def test_a_header_that_lies_is_refused(place, value):
         described["arrays"].append(described["arrays"][0])
     with pytest.raises(ValueError, match="path: the file is damaged"):
         container.parse(repacked(described, body))
+
+
+@pytest.mark.parametrize(("place", "value"), [(3, float("inf")), (2, [0, 2**62])])
+def test_a_header_of_numbers_beyond_all_bounds_is_refused(place, value):
+    described, body = described_in(container.dump({}, TENSORS))
+    described["arrays"][0][place] = value
+    with pytest.raises(ValueError, match="path: the file is damaged"):
+        container.parse(repacked(described, body))
+
+
+_IN_ZOO = {"network": {"name": "digits", "options": {}}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"network": "digits", "modules": []},
+        {"network": {"name": "digits", "options": {"depth": 3}}, "modules": []},
+        {"network": None, "modules": 3},
+        {**_IN_ZOO, "modules": [{"kind": "Identity"}]},
+    ],
+    ids=str,
+)
+def test_a_sound_file_that_describes_no_network_is_refused(tmp_path, header):
+    (tmp_path / "n.uapk").write_bytes(container.dump(header, {}))
+    with pytest.raises(ValueError, match=r"(path|like): .*n\.uapk"):
+        load(tmp_path / "n.uapk")
+
+
+def test_networks_larger_than_allowed_are_read_when_asked_for(tmp_path):
+    pack(tmp_path / "digits.uapk", zoo.load("digits"))
+    storage.save(tmp_path / "digits.safetensors", nnx.merge(*blank_digits()))
+    for name, least in (("digits.uapk", 200_000), ("digits.safetensors", 200_000)):
+        with pytest.raises(ValueError, match="largest: the arrays"):
+            load(tmp_path / name, largest=least)
+        load(tmp_path / name, largest=300_000)
+
+
+def blank_digits():
+    """A network whose arrays are stored as nothing: all zeros."""
+    graphdef, state = nnx.split(zoo.load("digits"))
+    return graphdef, jax.tree.map(jnp.zeros_like, state)
 
 
 def test_a_newer_version_is_named():

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Int, Shaped
 
 from unified_approx.calling import Call, forward
+from unified_approx.files import fingerprint_of
 from unified_approx.learning_compression.penalty import Penalty
 from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
 from unified_approx.objectives import CrossEntropy, Objective
@@ -153,7 +154,14 @@ class SgdLStep:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
-        known = {"objective": repr(self._objective), "augment": self._augment, "examples": len(self._data[0])}
+        known = {
+            "objective": repr(self._objective),
+            "augment": self._augment,
+            "measured": self._measured,
+            "data": fingerprint_of(self._data),
+            "optimizer": str(jax.tree.structure(self._optimizer.init({}))),
+            "teacher": None if self._teacher[0] is None else fingerprint_of(nnx.to_pure_dict(self._teacher[1])),
+        }
         return {**asdict(self.schedule), **known}
 
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:

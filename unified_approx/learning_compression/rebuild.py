@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from solvers.compressions import Half
-from solvers.compressions.base import FLOAT_BITS, Theta
+from solvers.compressions.base import Theta
 from unified_approx.assemble import get, homes, put
 from unified_approx.layers import Factored, factored_class, geometry_of
 from unified_approx.pieces import Piece, parameters_of
@@ -31,16 +31,14 @@ def rebuilt(model: nnx.Module, pieces: Sequence[Piece], thetas: Sequence[Theta])
     return new, tuple(left)
 
 
-def halved(model: nnx.Module, piece: Piece) -> list[tuple[Piece, Theta]]:
+def halved(model: nnx.Module, piece: Piece, theta: Theta) -> list[tuple[Piece, Theta]]:
     """The values of a rebuilt layer that are float16 in truth, as pieces of their own."""
-    if getattr(piece.compression, "value_bits", FLOAT_BITS) != 16:
-        return []
-    root = (*piece.paths[0][:-1], "terms")
-    own = {path: value for path, value in parameters_of(model).items() if path[: len(root)] == root}
-    named = [(path_name(path), path, value) for path, value in own.items()]
+    bits = piece.compression.term_bits(theta, piece.layers[0])
+    roots = [(*piece.paths[0][:-1], "terms", i) for i, size in enumerate(bits) if size == 16]
     return [
-        (Piece(name, Half(), (path,), (value.shape,), (False,), False), value.reshape(-1))
-        for name, path, value in named
+        (Piece(path_name(path), Half(), (path,), (value.shape,), (False,), False), value.reshape(-1))
+        for path, value in parameters_of(model).items()
+        if path[: len(piece.paths[0]) + 1] in roots
     ]
 
 
@@ -50,13 +48,13 @@ def _factored(model: nnx.Module, piece: Piece, theta: Theta) -> Factored | None:
         return None
     terms = piece.compression.terms(theta, piece.layers[0])
     old: Any = get(model, piece.paths[0][:-1])
-    if terms is None or not _is_plain(old):
+    if terms is None or not is_plain(old):
         return None
     bias = None if old.bias is None else jnp.asarray(old.bias[...])
     return factored_class(geometry_of(old)).from_terms(terms, bias, geometry_of(old), dtype=old.dtype)
 
 
-def _is_plain(layer: nnx.Conv | nnx.Linear) -> bool:
+def is_plain(layer: nnx.Conv | nnx.Linear) -> bool:
     """Whether factored layers can do what this one does: no groups, no masks, no unusual padding."""
     try:
         geometry_of(layer)

@@ -1,5 +1,6 @@
 """What the LC algorithm made of a network, in the rows that the project's other methods write too."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from solvers.compressions import Additive, Compression, Each, OneOf
+from solvers.compressions import Additive, Compression, Each, Half, OneOf
 from solvers.compressions.base import FLOAT_BITS, Theta
 from unified_approx.coding import Coded
 from unified_approx.cost import NetworkCost, network_cost
@@ -59,6 +60,10 @@ def reported(original: nnx.Module, result: LcResult, example: PyTree, budget: st
         if piece.paths[0] in whole:
             params += row.params - piece.size
             bits += piece.compression.bits(theta) - FLOAT_BITS * piece.size
+    # Factors that are float16 in truth are pieces of their own.
+    own = {path for piece in result.pieces for path in piece.paths}
+    for piece in (stream.piece for stream in coded if stream.piece.paths[0] not in own):
+        bits -= (FLOAT_BITS - Half.value_bits) * piece.size
     report = Report(
         layers=tuple(rows),
         budget=budget,
@@ -102,9 +107,15 @@ def _row(
         shape=(piece.layers[0].n, piece.layers[0].p) if len(piece.paths) == 1 else (1, piece.size),
         status="compressed",
         form=form_name(piece.compression),
-        kept_columns=int(info.get("columns", 0)),
-        rank=int(info.get("rank", 0)),
+        kept_columns=_total(info, "columns"),
+        rank=_total(info, "rank"),
         params=nonzero if coded or not single else after.layer(layer).params - bias,
         original_params=piece.size,
         **costs,
     )
+
+
+def _total(info: Mapping[str, Any], name: str) -> int:
+    """Of a form, or of all parts of a sum."""
+    inner = [*info.get("parts", ()), *info.get("layers", ())]
+    return int(info.get(name, 0)) + sum(_total(part, name) for part in inner)

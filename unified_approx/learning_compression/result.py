@@ -106,7 +106,7 @@ class LcResult:
         model, left = rebuilt(self.model, self.pieces, self.thetas)
         stored = [(self.pieces[i], self.thetas[i]) for i in left]
         for i in set(range(len(self.pieces))) - set(left):
-            stored += halved(model, self.pieces[i])
+            stored += halved(model, self.pieces[i], self.thetas[i])
         coded = [encode(*own) for own in stored]
         return model, tuple(stream for stream in coded if stream is not None)
 

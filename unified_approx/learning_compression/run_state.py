@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf, isfinite
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -90,9 +91,13 @@ def _with_state(model: nnx.Module, state: Any) -> nnx.Module:
 
 
 def _best_step(history: list[Step]) -> int:
-    """Number of the step of lowest objective, the first of equals; the last where none is measured."""
+    """Number of the step of lowest objective, the first of equals; the last where none is measured.
+
+    A loss that is not finite is the highest.
+    """
     known = {line.step: line.loss + line.penalty for line in history if line.loss is not None}
-    return min(known, key=lambda step: (known[step], step)) if known else history[-1].step
+    finite = {step: value if isfinite(value) else inf for step, value in known.items()}
+    return min(finite, key=lambda step: (finite[step], step)) if finite else history[-1].step
 
 
 def open_store(
@@ -107,7 +112,9 @@ def open_store(
     Raises:
         ValueError: the folder holds another run's, with other tasks, another schedule, L step or network.
     """
-    tasks = [[piece.name, [path_name(path) for path in piece.paths], repr(piece.compression)] for piece in pieces]
+    tasks = [
+        [p.name, [path_name(path) for path in p.paths], repr(p.compression), p.matrix, p.norm_after] for p in pieces
+    ]
     network = fingerprint({}, model, None)
     return Checkpoints(
         folder, {"tasks": tasks, **settings, "network": network, "l_step": getattr(l_step, "identity", None)}

@@ -248,6 +248,9 @@ def _read(data: bytes | memoryview, count: int, width: int, dtype: np.dtype, way
     return found
 
 
+_LARGEST_SHAPE = 2**48
+
+
 @dataclass(frozen=True)
 class ArrayType:
     """Shape and dtype of an array.
@@ -265,6 +268,8 @@ class ArrayType:
             raise DamagedError(f"dtype: {self.dtype!r} cannot be packed; there are {', '.join(DTYPES)}")
         if not all(type(size) is int and size >= 0 for size in self.shape):
             raise DamagedError(f"shape: {self.shape}")
+        if prod(max(size, 1) for size in self.shape) > _LARGEST_SHAPE:  # an array without values may name any sizes
+            raise DamagedError(f"shape: {self.shape} is larger than any array")
 
     @classmethod
     def of(cls, array: Shaped[np.ndarray, "..."]) -> "ArrayType":

@@ -129,7 +129,7 @@ def _header(text: bytes) -> tuple[dict[str, Any], list[tuple[str, ArrayType, int
             for name, dtype, shape, size, checksum in found["arrays"]
         ]
         header = dict(found["header"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedError(f"a header that cannot be read: {error}") from error
     if len({name for name, _, _, _ in entries}) < len(entries) or any(size < 0 for _, _, size, _ in entries):
         raise DamagedError("a header that contradicts itself")
