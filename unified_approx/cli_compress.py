@@ -146,13 +146,18 @@ def _options(form: str, group: str, m_step: str, round_to: int) -> Any:
 
 def _show_plan(console: Console, plan: "Plan") -> None:
     table = Table(title="what would be compressed")
-    for heading in ("layer", "n × p", "values now", "values asked for", "least possible", "rows"):
+    headings = ("layer", "n × p", "values now", "values asked for", "least possible", "expected loss (nats)", "rows")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in plan.layers:
         n, p = row["shape"]
         asked = "by penalties" if row["values"] is None else f"{row['values']:,.0f}"
-        table.add_row(row["name"], f"{n} × {p}", f"{n * p:,}", asked, f"{row['minimum']:,.0f}", f"{row['rows']:,}")
+        loss = "" if row["expected_loss"] is None else f"{row['expected_loss']:.2g}"
+        figures = (f"{n * p:,}", asked, f"{row['minimum']:,.0f}", loss, f"{row['rows']:,}")
+        table.add_row(row["name"], f"{n} × {p}", *figures)
     console.print(table)
+    if plan.gap is not None:
+        console.print(f"no other choice of sizes is expected to lose more than {plan.gap:.2%} less")
     if plan.kept:
         console.print(f"kept by rule: {', '.join(plan.kept)}")
     for name, reason in plan.dense:

@@ -19,6 +19,7 @@ from solvers.terms import Term, figures, total_matrix
 from unified_approx import calibration as examples
 from unified_approx.allocation import Sensitivity
 from unified_approx.allocation.assign import total_cost
+from unified_approx.allocation.knapsack import GAP
 from unified_approx.allocation.timing import LayerTimer
 from unified_approx.assemble import get, unfold
 from unified_approx.cost import NetworkCost, network_cost
@@ -50,7 +51,8 @@ class Plan:
     """What a run would do, before anything is solved.
 
     Attributes:
-        layers: per selected layer its name, (n, p), the stored values asked for and the least reachable.
+        layers: per selected layer its name, (n, p), the stored values asked for and the least reachable, the forms that
+            are tried, and the nats that the network's output is expected to lose by it (None where not measured).
         kept: names that a rule keeps.
         skipped: name and reason of the layers that cannot be compressed.
         minimum_params: the smallest reachable budget, as a fraction of each selected layer.
@@ -58,6 +60,7 @@ class Plan:
         seconds: estimate of the time of the solves.
         dense: name and reason of the layers that the budget leaves as they are.
         sensitivity: the table that the budget was shared by.
+        gap: proven bound on how much less another choice of sizes could lose, relative; None without a table.
     """
 
     layers: tuple[dict[str, Any], ...]
@@ -68,6 +71,7 @@ class Plan:
     seconds: float
     dense: tuple[tuple[str, str], ...] = ()
     sensitivity: Sensitivity | None = None
+    gap: float | None = None
 
 
 class Run:
@@ -88,6 +92,7 @@ class Run:
         self.branched = {_kind(site) for site in self.capture.sites if site.has_offset}
         self.cost = network_cost(model, self.example, call=arguments.call)
         self.latency_ratio: float | None = None
+        self.gap: float | None = None
         self.matrices: dict[str, np.ndarray] = {}
 
     def _settle(self) -> dict[Path, Settings]:
@@ -170,6 +175,8 @@ class Run:
         gap = self.disagreement(new)
         if not gap <= _AGREEMENT:
             notes.append(f"the new network's outputs differ from the solved layers' by {gap:.1e} of their size")
+        if self.gap is not None and self.gap > 2 * GAP:
+            notes.append(f"the sizes are proven to be the best only to within {self.gap:.1%} of the expected loss")
         return Report(
             layers=(*layers, *skipped),
             budget=self.arguments.describe(),
@@ -257,6 +264,8 @@ class Run:
                     "values": settings.values(site),
                     "minimum": minimum_budget(shape),
                     "rows": d,
+                    "forms": settings.options.wanted(),
+                    "expected_loss": settings.expected_loss,
                 }
             )
             least = max(least, minimum_budget(shape) / (n * p))
@@ -264,6 +273,7 @@ class Run:
             flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
         dense = [(s.name, reason) for s in self.capture.sites if (reason := self.settings[s.path].dense)]
         return Plan(
+            gap=self.gap,
             layers=tuple(layers),
             kept=tuple(name for name, reason in dense if reason == BY_RULE),
             dense=tuple((name, reason) for name, reason in dense if reason != BY_RULE),

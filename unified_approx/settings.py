@@ -31,12 +31,14 @@ class Settings:
         penalties: (lambda_sparse, lambda_rank) as fractions of their maxima.
         options: of the layer solver.
         dense: why the layer stays as it is; empty if it does not.
+        expected_loss: nats that the network's output is expected to lose by it, where that was measured.
     """
 
     options: LayerOptions
     fraction: float | None = None
     penalties: tuple[float, float] | None = None
     dense: str = ""
+    expected_loss: float | None = None
 
     @property
     def sized(self) -> tuple[str, ...]:

@@ -219,6 +219,8 @@ def test_the_least_that_is_named_can_be_had(digits, table):
     assert 0.004 < least < 0.05
     plan = ua.plan(model, x, budget=ua.Budget(params=1.02 * least), **options)
     assert len(plan.layers) == 4
+    assert 0 <= plan.gap <= 1e-3
+    assert all(layer["expected_loss"] > 0 and layer["forms"] for layer in plan.layers)
 
 
 def test_ranks_among_whole_channels(digits):

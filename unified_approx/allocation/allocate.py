@@ -50,13 +50,15 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
                 "(or the other way round); leave it out"
             )
         predictable = any(s.sized for s in run.settings.values() if s.open)
-        run.settings |= _rehearsed(run, budget, table) if predictable else assign_by_loss(run, budget, table)[0]
+        found, choice = (_rehearsed if predictable else assign_by_loss)(run, budget, table)
+        run.settings |= found
+        run.gap = choice.gap
     for site in run.capture.sites:
         check_reachable(site, run.settings[site.path])
     return table
 
 
-def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Settings]:
+def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:
     """Settings under which the network as a whole keeps the budget, which its layers one by one do not tell.
 
     Channels that are not read go from other layers too, and layers take other times alone than in the network. So a
@@ -65,12 +67,12 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
     limits = budget.given()
     scale = dict.fromkeys(limits, 1.0)
     found, choice = assign_by_loss(run, budget, table)
-    best: tuple[float, dict[Path, Settings]] | None = None
+    best: tuple[dict[Path, Settings], Choice] | None = None
     for _ in range(_REHEARSALS):
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
         fits, before = max(used.values()) <= 1, choice
-        if fits and (best is None or choice.loss < best[0]):
-            best = choice.loss, found
+        if fits and (best is None or choice.loss < best[1].loss):
+            best = found, choice
         if fits and min(used.values()) >= _FULL:
             break
         # Savings in two layers at once make the cost nearly quadratic in the limit: half a step never overshoots far.
@@ -81,7 +83,7 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> dict[Path, Set
             break
         if fits and max(used.values()) >= _FULL and choice.items == before.items:
             break  # what is not used up does not bind
-    return found if best is None else best[1]
+    return (found, choice) if best is None else best
 
 
 def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str, float]:

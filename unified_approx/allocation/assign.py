@@ -106,7 +106,7 @@ def assign_by_loss(
             fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
             if settings.sized:
                 settings = replace(settings, options=replace(settings.options, form=item.form))
-            found[site.path] = replace(settings, fraction=fraction)
+            found[site.path] = replace(settings, fraction=fraction, expected_loss=item.loss)
     return found, choice
 
 
