@@ -21,7 +21,8 @@ from rich.table import Table
 
 import unified_approx as ua
 from unified_approx import comparison, datasets, evaluate, zoo
-from unified_approx.cost import fastest, network_cost
+from unified_approx.cost import network_cost
+from unified_approx.latency import fastest
 from unified_approx.results import network_row, write_results
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from unified_approx import datasets, evaluate, zoo
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
-    from unified_approx.cost import choose_executions, fastest_dense
     from unified_approx.finetuning import finetune, match_outputs
+    from unified_approx.latency import choose_executions, fastest_dense
     from unified_approx.learning_compression import (
         LcResult,
         Schedule,
@@ -50,13 +50,13 @@ _HOMES = {
     "Sensitivity": "allocation",
     "SgdLStep": "learning_compression",
     "Task": "learning_compression",
-    "choose_executions": "cost",
+    "choose_executions": "latency",
     "compress": "pipeline",
     "compress_in_stages": "stages",
     "direct_compression": "learning_compression",
     "exponential": "learning_compression",
     "fast_lc": "learning_compression",
-    "fastest_dense": "cost",
+    "fastest_dense": "latency",
     "finetune": "finetuning",
     "finetune_compressed": "learning_compression",
     "informed": "learning_compression",

@@ -14,8 +14,9 @@ from jaxtyping import Float32, Int
 from rich.table import Table
 
 from unified_approx.assemble import get
-from unified_approx.cost import BATCH, batch_of, fastest, fastest_dense, layer_calls, measure_latency
+from unified_approx.cost import layer_calls
 from unified_approx.evaluate import accuracy
+from unified_approx.latency import BATCH, batch_of, fastest, fastest_dense, measure_latency
 from unified_approx.macs import factored_layers
 from unified_approx.report import Report
 from unified_approx.results import network_row

@@ -30,9 +30,9 @@ from unified_approx import calibration as examples
 from unified_approx.allocation import Sensitivity
 from unified_approx.budget import Budget
 from unified_approx.calling import forward
-from unified_approx.cost import batch_of, fastest, fastest_dense, measure_latency
 from unified_approx.evaluate import accuracy
 from unified_approx.files import replacing
+from unified_approx.latency import batch_of, fastest, fastest_dense, measure_latency
 from unified_approx.pipeline import compress, sensitivity
 from unified_approx.work_dir import fingerprint
 

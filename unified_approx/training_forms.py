@@ -7,9 +7,9 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from solvers.terms import Dense
-from unified_approx.assemble import get, homes, modules, put
+from unified_approx.assemble import get, homes, modules, put, with_executions
 from unified_approx.calling import Call
-from unified_approx.cost import layer_calls, with_executions
+from unified_approx.cost import layer_calls
 from unified_approx.im2col import Geometry, kernel_to_matrix, output_shape
 from unified_approx.layers import Factored, factored_class, geometry_of
 from unified_approx.layers.factored import MATMUL, MERGED

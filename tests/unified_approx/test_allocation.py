@@ -13,7 +13,7 @@ from solvers.curves import error_curves, fit_columns, fit_rank
 from solvers.gram import gram_statistics, least_squares, linear_error, with_ridge
 from solvers.reconstruction import LayerProblem
 from solvers.terms import MatrixShape
-from unified_approx import cost, datasets, evaluate, zoo
+from unified_approx import datasets, evaluate, latency, zoo
 from unified_approx.allocation import Item, LayerMenu, choose, timing
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, with_losses
@@ -304,7 +304,7 @@ def seconds_by_size(candidates, *inputs, call=None, rounds=20):
 def test_a_budget_of_seconds_uses_what_was_timed(digits, tmp_path, monkeypatch):
     """Forms and sizes come from timings of the layers; the answer to whether it was met from the whole network."""
     model, x, _, test, labels = digits
-    for module in (cost, timing):
+    for module in (latency, timing):
         monkeypatch.setattr(module, "measure_latency", seconds_by_size)
     table = ua.sensitivity(model, x, timed=True, **{k: v for k, v in FAST.items() if k != "form"})
     assert table.clock is not None

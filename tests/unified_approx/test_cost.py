@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from solvers.terms import Columns, LowRank, MatrixShape, Spatial
-from unified_approx import cost
+from unified_approx import cost, latency
+from unified_approx.assemble import with_executions
 from unified_approx.im2col import Geometry
 from unified_approx.layers import Factored, FactoredConv, FactoredLinear
 from unified_approx.macs import walk
@@ -122,7 +123,7 @@ def test_counted_macs_are_those_the_layers_state(net, terms):
     }
     model = compressed(net, sums[terms])
     for name in model.blocks[0].executions():
-        other: Any = cost.with_executions(model, {("blocks", 0): name})
+        other: Any = with_executions(model, {("blocks", 0): name})
         assert other.blocks[0].execution == name
         counted = cost.network_cost(other, X).layer(("blocks", 0))
         assert counted.macs == other.blocks[0].macs((6, 6)), name
@@ -199,13 +200,13 @@ def test_latency_is_interleaved_and_tells_fast_from_slow():
         jax.debug.callback(lambda: order.append("fast"))
         return x + 1
 
-    found = cost.measure_latency({"slow": slow, "fast": fast}, jnp.ones((300, 300)), rounds=5)
+    found = latency.measure_latency({"slow": slow, "fast": fast}, jnp.ones((300, 300)), rounds=5)
     assert found["slow"] > found["fast"] > 0
     assert order[2:] == ["slow", "fast"] * 5  # the first two are the warm-up
     with pytest.raises(ValueError, match="rounds=0"):
-        cost.measure_latency({"fast": fast}, X, rounds=0)
+        latency.measure_latency({"fast": fast}, X, rounds=0)
     with pytest.raises(ValueError, match="candidates"):
-        cost.measure_latency({}, X)
+        latency.measure_latency({}, X)
 
 
 def test_choose_executions_keeps_the_function(net, monkeypatch):
@@ -218,9 +219,9 @@ def test_choose_executions_keeps_the_function(net, monkeypatch):
         assert all(isinstance(form, Factored) for form in forms.values())
         return {name: prefer.get(name, 3.0) for name in forms}
 
-    monkeypatch.setattr(cost, "measure_latency", pretend)
+    monkeypatch.setattr(latency, "measure_latency", pretend)
     chosen: Any
-    chosen, table = cost.choose_executions(model, X)
+    chosen, table = latency.choose_executions(model, X)
     assert {row.path: row.chosen for row in table} == {("blocks", 0): "factored:patches", ("fc",): "merged"}
     assert sorted(asked) == [(2, 6, 6, 4), (2, 72)]
     assert chosen.blocks[0].execution == "factored:patches"
@@ -230,7 +231,7 @@ def test_choose_executions_keeps_the_function(net, monkeypatch):
     np.testing.assert_allclose(run(chosen, X), expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
     dense: Any
-    dense, table = cost.fastest_dense(net, X)
+    dense, table = latency.fastest_dense(net, X)
     assert {row.path: row.chosen for row in table} == {("conv1",): "matmul", ("blocks", 0): "matmul"}
     assert dense.conv1.execution == "matmul"
     expected = run(net, X)
@@ -249,8 +250,8 @@ def test_what_is_faster_alone_but_not_in_the_network_is_merged(net, monkeypatch)
         asked.append(set(forms.values()))
         return {name: 1.0 if form == "matmul" else 2.0 for name, form in forms.items()}
 
-    monkeypatch.setattr(cost, "measure_latency", pretend)
-    new: Any = cost.fastest(model, X)
+    monkeypatch.setattr(latency, "measure_latency", pretend)
+    new: Any = latency.fastest(model, X)
     assert len(asked[0]) == 2
     assert "matmul" in asked[0]
     assert new.blocks[0].execution == "matmul"
@@ -260,7 +261,7 @@ def test_what_is_faster_alone_but_not_in_the_network_is_merged(net, monkeypatch)
 
 
 def test_measured_dense_form_reports_both():
-    choice = cost.fastest_dense_form(Geometry((3, 3), 4, 4, (1, 1), "SAME"), (2, 4, 4, 4), rounds=3)
+    choice = latency.fastest_dense_form(Geometry((3, 3), 4, 4, (1, 1), "SAME"), (2, 4, 4, 4), rounds=3)
     assert set(choice.seconds) == {"merged", "matmul"}
     assert choice.seconds[choice.chosen] == min(choice.seconds.values()) > 0
 
@@ -268,12 +269,12 @@ def test_measured_dense_form_reports_both():
 def test_equal_layers_are_measured_once(net, monkeypatch):
     counted = []
     monkeypatch.setattr(
-        cost, "measure_latency", lambda forms, x, rounds: counted.append(x.shape) or dict.fromkeys(forms, 1.0)
+        latency, "measure_latency", lambda forms, x, rounds: counted.append(x.shape) or dict.fromkeys(forms, 1.0)
     )
     layer = FactoredConv.from_terms([Columns(normal(8, 18), COLUMNS)], None, CONV2)
     twin = FactoredConv.from_terms([Columns(normal(8, 18), COLUMNS)], None, CONV2)
     pair = nnx.List([layer, twin])
-    _, table = cost.choose_executions(pair, jnp.ones((2, 6, 6, 4)), call=lambda m, x: (m[0](x), m[1](x), m[0](x)))
+    _, table = latency.choose_executions(pair, jnp.ones((2, 6, 6, 4)), call=lambda m, x: (m[0](x), m[1](x), m[0](x)))
     assert counted == [(2, 6, 6, 4)]
     assert [row.seconds["merged"] for row in table] == [2.0, 1.0]
 

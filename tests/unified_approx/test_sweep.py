@@ -15,7 +15,7 @@ from test_allocation import seconds_by_size
 from typer.testing import CliRunner
 
 import unified_approx as ua
-from unified_approx import cli, cost, datasets, sweeping, zoo
+from unified_approx import cli, datasets, latency, sweeping, zoo
 from unified_approx.allocation import timing
 from unified_approx.plots import pareto_front
 from unified_approx.sweeping import read_table
@@ -82,7 +82,7 @@ def test_any_executor_and_budgets(digits, tmp_path):
 
 def test_budgets_of_seconds_and_measured_speed(digits, tmp_path, monkeypatch):
     model, x, test = digits
-    for module in (cost, timing, sweeping):
+    for module in (latency, timing, sweeping):
         monkeypatch.setattr(module, "measure_latency", seconds_by_size)
     arguments = {name: value for name, value in FAST.items() if name != "form"}
     row, *_ = ua.sweep(

@@ -13,8 +13,9 @@ from solvers.terms import Columns, LowRank, Spatial, Term
 from tests.unified_approx.networks import BasicBlock, Fn, build, conv, flat, linear, norm
 from unified_approx import datasets, zoo
 from unified_approx.assemble import get, put
-from unified_approx.cost import choose_executions, network_cost
+from unified_approx.cost import network_cost
 from unified_approx.evaluate import outputs_once
+from unified_approx.latency import choose_executions
 from unified_approx.layers import Factored, FactoredLinear, factored_class, geometry_of
 from unified_approx.storage import load, save
 

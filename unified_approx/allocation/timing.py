@@ -10,7 +10,8 @@ from jaxtyping import Float, PyTree
 from solvers.terms import Columns, Dense, LowRank, MatrixShape, Term
 from unified_approx.allocation.menu import Item
 from unified_approx.calling import Call
-from unified_approx.cost import Stopwatch, batch_of, fastest, fastest_dense, layer_calls, measure_latency
+from unified_approx.cost import layer_calls
+from unified_approx.latency import Stopwatch, batch_of, fastest, fastest_dense, measure_latency
 from unified_approx.layers import Factored, factored_class
 from unified_approx.sites import LayerSite, Path
 
