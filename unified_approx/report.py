@@ -74,6 +74,7 @@ class Report:
         seconds: wall time of the run.
         seed: of the sampled positions.
         warnings: what the user should know.
+        drop: points of accuracy lost on the held-out examples, where `Budget(max_drop=...)` was asked for.
     """
 
     layers: tuple[LayerRow, ...]
@@ -88,6 +89,7 @@ class Report:
     seconds: float
     seed: int
     warnings: tuple[str, ...] = ()
+    drop: float | None = None
 
     @property
     def params_ratio(self) -> float:

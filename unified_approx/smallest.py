@@ -1,6 +1,7 @@
 """The smallest network that keeps the accuracy: a search over budgets, judged on held-out examples."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def smallest(
             low = middle
             continue
         table = result.sensitivity
-        if reference - accuracy(result.model, x, y, call=call) <= max_drop:
-            best, high = result, middle
+        drop = reference - accuracy(result.model, x, y, call=call)
+        if drop <= max_drop:
+            report = replace(result.report, budget=f"max_drop={max_drop:g}", drop=drop)
+            best, high = replace(result, report=report), middle
         else:
             low = middle
     if best is None:

@@ -194,7 +194,8 @@ def test_smallest_network_that_keeps_the_accuracy(digits):
     result = ua.compress(model, x, budget=ua.Budget(max_drop=5.0), **arguments)
     held = slice(-90, None)
     drop = evaluate.accuracy(model, x[held], y[held]) - evaluate.accuracy(result.model, x[held], y[held])
-    assert drop <= 5.0
+    assert drop == result.report.drop <= 5.0
+    assert result.report.budget == "max_drop=5"
     assert result.report.params_ratio > 3
 
 

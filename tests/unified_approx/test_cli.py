@@ -150,6 +150,13 @@ def test_info(run, compressed, tmp_path):
     assert "conv1" not in plain.stdout
 
 
+def test_the_smallest_network_that_keeps_the_accuracy(run, tmp_path):
+    words = ["--budget", "max_drop=30", "--form", "columns", "--allocation", "uniform", "--calibration", 60]
+    result = run("compress", "digits", *words, "--rows", 256, "--keep", "conv1|conv3|fc", "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "r.json").read_text())["budget"] == "max_drop=30"
+
+
 def test_penalties_sgd_and_a_factory_with_its_own_data(run, factory, tmp_path):
     data, entry = datasets.load("digits"), zoo.entry("digits")
     arrays = {"x_train": entry.preprocess(data.x_train), "x_test": entry.preprocess(data.x_test)}
