@@ -89,7 +89,9 @@ def main(
     with compact():
         table = None
         if allocation != "uniform":
-            table = _table(work_dir / f"{kind}.json", model, chosen, allocation, shared)
+            timed = "latency" in budget
+            file = work_dir / f"{kind}{'-timed' if timed else ''}.json"
+            table = _table(file, model, chosen, allocation, {**shared, "timed": timed})
         clock = time.perf_counter()
         result = ua.compress(
             model,
