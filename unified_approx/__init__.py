@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from unified_approx.allocation import Sensitivity
     from unified_approx.budget import Budget
     from unified_approx.finetuning import finetune, match_outputs
-    from unified_approx.latency import choose_executions, fastest_dense
+    from unified_approx.latency import choose_executions, fastest, fastest_dense
     from unified_approx.learning_compression import (
         LcResult,
         Schedule,
@@ -56,6 +56,7 @@ _HOMES = {
     "direct_compression": "learning_compression",
     "exponential": "learning_compression",
     "fast_lc": "learning_compression",
+    "fastest": "latency",
     "fastest_dense": "latency",
     "finetune": "finetuning",
     "finetune_compressed": "learning_compression",
@@ -99,6 +100,7 @@ __all__ = [
     "evaluate",
     "exponential",
     "fast_lc",
+    "fastest",
     "fastest_dense",
     "finetune",
     "finetune_compressed",

@@ -108,7 +108,8 @@ def compress(
         held_out: fraction of the examples (the last ones) on which forms and iterates are chosen.
         seed: of the sampled positions.
         batch_size: examples that go through the network at a time.
-        execution: how the factored layers run; see `unified_approx.layers.Factored`.
+        execution: how the factored layers run: "auto" (fewest multiply-adds), "fastest" (on this machine, by
+            `ua.fastest` on batches of 64), or a name from `unified_approx.layers.Factored`.
         allocation: how the budget is shared among the layers: "kl" (by the measured effect of each layer's error on the
             network's output), "fisher" (by its second-order expansion), or "uniform" (the same fraction for all).
         sensitivity: a table from `ua.sensitivity`, so that it is not measured again.

@@ -25,7 +25,9 @@ from unified_approx.assemble import get, unfold
 from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.evaluate import outputs_once
 from unified_approx.im2col import kernel_to_matrix
+from unified_approx.latency import FASTEST, batch_of, fastest
 from unified_approx.layers import Factored, factored_class
+from unified_approx.layers.factored import AUTO
 from unified_approx.narrow import terms_of
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
@@ -239,9 +241,12 @@ class Run:
         return fast and kept and all(total_cost(after, k) <= f * total_cost(self.cost, k) for k, f in counted.items())
 
     def settled(self, new: nnx.Module) -> nnx.Module:
-        """The network in its fastest executions, timed against the original, if the budget limits seconds."""
+        """The network in its fastest executions, if these are asked for, or if the budget limits seconds: then it is
+        timed against the original.
+        """
         if self.timer is None:
-            return new
+            example, call = batch_of(self.example), self.arguments.call
+            return fastest(new, example, call=call) if self.arguments.execution == FASTEST else new
         fast, self.latency_ratio = self.timer.against_dense(new)
         return fast
 
@@ -388,7 +393,7 @@ class Run:
             own,
             own_bias,
             site.geometry,
-            execution=self.arguments.execution,
+            execution=AUTO if self.arguments.execution == FASTEST else self.arguments.execution,
             dtype=layer.dtype,
             param_dtype=layer.param_dtype,
         )

@@ -14,8 +14,9 @@ from flax import nnx
 
 import unified_approx as ua
 from solvers import layer, refine
-from unified_approx import datasets, evaluate, zoo
+from unified_approx import datasets, evaluate, latency, zoo
 from unified_approx.layers import Factored
+from unified_approx.macs import factored_layers
 from unified_approx.sampling import default_rows
 
 SMALL = {"rows": 2048, "batch_size": 100, "allocation": "uniform"}
@@ -302,3 +303,27 @@ def test_lazy_package():
     assert "compress" in dir(ua)
     with pytest.raises(AttributeError, match="no attribute"):
         ua.nothing  # noqa: B018
+
+
+def test_executions_that_are_fastest_as_a_whole(monkeypatch):
+    """A clock that likes patches times matrix: every layer, dense or not, ends in that form."""
+
+    def clock(candidates, *inputs, call=None, rounds=20):
+        forms = {
+            name: m.execution if isinstance(m, Factored) else str(_executions(m)) for name, m in candidates.items()
+        }
+        return {name: 1.0 if "matmul" in form else 2.0 for name, form in forms.items()}
+
+    monkeypatch.setattr(latency, "measure_latency", clock)
+    images = zoo.entry("digits").preprocess(datasets.load("digits").x_train[:60])
+    rules = [ua.Rule(path="conv2", budget=ua.Budget(params=0.5)), ua.Rule(path=".*", keep=True)]
+    arguments = {"rules": rules, "form": "columns", "rows": 256, "progress": lambda event: None}
+    result = ua.compress(zoo.load("digits"), images, execution="fastest", **arguments)
+    assert _executions(result.model) == {"conv1": "matmul", "conv2": "matmul", "conv3": "matmul"}
+    plain = ua.compress(zoo.load("digits"), images, **arguments)
+    assert list(_executions(plain.model)) == ["conv2"]
+    np.testing.assert_allclose(evaluate.predict(result.model, images), evaluate.predict(plain.model, images), atol=1e-3)
+
+
+def _executions(model):
+    return {"/".join(path): layer.execution for path, layer in factored_layers(model).items()}
