@@ -321,7 +321,7 @@ def test_executions_that_are_fastest_as_a_whole(monkeypatch):
     result = ua.compress(zoo.load("digits"), images, execution="fastest", **arguments)
     assert _executions(result.model) == {"conv1": "matmul", "conv2": "matmul", "conv3": "matmul"}
     plain = ua.compress(zoo.load("digits"), images, **arguments)
-    assert list(_executions(plain.model)) == ["conv2"]
+    assert "matmul" not in _executions(plain.model).values()
     np.testing.assert_allclose(evaluate.predict(result.model, images), evaluate.predict(plain.model, images), atol=1e-3)
 
 
