@@ -65,11 +65,11 @@ class Case:
 
 CASES = {
     "quantize_all": Case("fc.=quantize(2)", 9e-5, 1.1, 2.56),
-    "quantize_first_last": Case("fc1=quantize(2),fc3=quantize(2)", 9e-5, 1.1, 2.26),
+    "quantize_two": Case("fc1=quantize(2),fc3=quantize(2)", 9e-5, 1.1, 2.26),
     "prune": Case("fc.=joint(prune(0.05))", 9e-5, 1.1, 2.18),
-    "quantize_and_correct": Case("fc.=joint(quantize(2)+prune(0.01))", 9e-5, 1.1, 2.17),
-    "mix": Case("fc1=prune(5000),fc2=low_rank(10),fc3=quantize(2)", 9e-5, 1.4, 2.13),
-    "select_rank": Case("fc.=select_rank(1e-6)", 1e-3, 1.1, 1.90, normalize=True),
+    "additive": Case("fc.=joint(quantize(2)+prune(0.01))", 9e-5, 1.1, 2.17),
+    "mixed": Case("fc1=prune(5000),fc2=low_rank(10),fc3=quantize(2)", 9e-5, 1.4, 2.13),
+    "rank_selection": Case("fc.=select_rank(1e-6)", 1e-3, 1.1, 1.90, normalize=True),
     "sparse_low_rank": Case("fc1=low_rank(8)+prune_groups(64),fc2=low_rank(7)+prune_groups(12)", 1e-3, 1.3),
     "low_rank": Case("fc1=low_rank(25),fc2=low_rank(10)", 1e-3, 1.3),
 }

@@ -16,7 +16,7 @@ from unified_approx.results import read_rows
 def lenet(tmp_path_factory, data_dir, models_dir):
     folder = tmp_path_factory.mktemp("lc")
     where = ["--data", str(data_dir), "--models", str(models_dir), "--work-dir", str(folder / "work")]
-    arguments = [*where, "--json", str(folder / "r.json"), "--row", "mix", "--row", "sparse_low_rank"]
+    arguments = [*where, "--json", str(folder / "r.json"), "--row", "mixed", "--row", "sparse_low_rank"]
     app = table.typer.Typer()
     app.command()(table.main)
     run = lambda *more: CliRunner().invoke(app, [*arguments, "--quick", "--seeds", "1", *more])  # noqa: E731
@@ -28,7 +28,7 @@ def lenet(tmp_path_factory, data_dir, models_dir):
 def test_rows_and_their_summary(lenet):
     rows = read_rows(lenet[1])
     own, lines = [row for row in rows if "history" in row], [row for row in rows if row["part"] == "summary"]
-    assert [row["name"] for row in own] == ["mix", "sparse_low_rank"] == [line["name"] for line in lines]
+    assert [row["name"] for row in own] == ["mixed", "sparse_low_rank"] == [line["name"] for line in lines]
     for row in own:
         assert row["error"] == pytest.approx(100 - row["accuracy"])
         assert row["bits"] / 8 < row["file_bytes"] < row["bits"] / 8 + 10_000
@@ -54,13 +54,13 @@ def test_a_wrong_row_is_named(lenet):
 def test_means_are_judged_by_the_published_errors():
     common = {"cr": 4.0, "bits": 8, "file_bytes": 2, "seconds": 1.0, "budget": "b"}
     rows = [{**common, "name": "prune", "error": e, "published_error": 2.18} for e in (2.0, 2.2, 2.4)]
-    rows += [{**common, "name": "mix", "error": 1.0, "published_error": 2.13}]
+    rows += [{**common, "name": "mixed", "error": 1.0, "published_error": 2.13}]
     rows += [{**common, "name": "low_rank", "error": 1.0, "published_error": None}]
     lines = table.summary(rows)
-    assert [(line["name"], line["seeds"]) for line in lines] == [("prune", 3), ("mix", 1), ("low_rank", 1)]
+    assert [(line["name"], line["seeds"]) for line in lines] == [("prune", 3), ("mixed", 1), ("low_rank", 1)]
     assert lines[0]["error"] == pytest.approx(2.2)
     assert lines[0]["std"] == pytest.approx(0.2)
-    assert {name: check["holds"] for name, check in table.checks_of(lines).items()} == {"prune": False, "mix": True}
+    assert {name: check["holds"] for name, check in table.checks_of(lines).items()} == {"prune": False, "mixed": True}
 
 
 def test_forms_of_the_cifar_rows():
