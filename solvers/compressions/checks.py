@@ -1,5 +1,8 @@
 """Arguments of compressions."""
 
+import numpy as np
+from jaxtyping import ArrayLike, Float
+
 
 def check_amount(name: str, value: int | float, what: str) -> None:
     """Raise a ValueError for what is neither a number nor a fraction of `what`."""
@@ -36,6 +39,13 @@ def check_k(k: int) -> None:
     """Raise a ValueError for what is not a size of a codebook."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: {k!r} values; give a whole number >= 1")
+
+
+def check_distinct(k: int, values: Float[ArrayLike, "..."]) -> None:
+    """Raise a ValueError for a codebook of more values than there are distinct weights."""
+    distinct = len(np.unique(np.asarray(values)))
+    if k > distinct:
+        raise ValueError(f"k: {k} values for weights of which {distinct} are distinct; give at most that many")
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

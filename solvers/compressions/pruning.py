@@ -19,7 +19,15 @@ from solvers.compressions.bits import (
     write_floats,
     write_positions,
 )
-from solvers.compressions.checks import check_amount, check_choice, check_float_format, check_k, check_weight, count_of
+from solvers.compressions.checks import (
+    check_amount,
+    check_choice,
+    check_distinct,
+    check_float_format,
+    check_k,
+    check_weight,
+    count_of,
+)
 from solvers.compressions.k_means import INITS, means_from, means_from_scratch
 from solvers.compressions.quantization import Codebook, nearest
 from solvers.prox import soft_threshold
@@ -253,6 +261,7 @@ class PruneQuantize(Compression):
         kappa = count_of("kappa", self.kappa, target.size, "weights")
         if self.k > kappa:
             raise ValueError(f"k: {self.k} values for {kappa} weights that stay; give at most that many")
+        check_distinct(self.k, target[largest(target, kappa)])
         return replace(self, kappa=kappa)
 
     def compress(self, target: Values, mu: Float[ArrayLike, ""], start: Codebook | None = None) -> Codebook:

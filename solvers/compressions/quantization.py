@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from solvers.compressions.base import FLOAT_BITS, Compression
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits, write_floats
-from solvers.compressions.checks import check_choice, check_k
+from solvers.compressions.checks import check_choice, check_distinct, check_k
 from solvers.compressions.k_means import INITS, means_from, means_from_scratch
 from solvers.compressions.optimal_codebook import optimal_centers
 from solvers.terms import MatrixShape
@@ -47,9 +47,7 @@ class _OwnValues(Compression):
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`; refuses more values than there are distinct weights."""
         self._check_size(target)
-        distinct = len(np.unique(np.asarray(target)))
-        if self.k > distinct:
-            raise ValueError(f"k: {self.k} values for weights of which {distinct} are distinct; give at most that many")
+        check_distinct(self.k, target)
         return self
 
     def decompress(self, theta: Codebook) -> Float[Array, "..."]:

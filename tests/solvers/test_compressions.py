@@ -501,6 +501,7 @@ BAD = [
     (lambda: bind(PruneNofM(2, 4)), "m: 4 does not divide"),
     (lambda: AdaptiveCodebook(0), "k: 0"),
     (lambda: bind(OptimalCodebook(200)), "k: 200 values for 108"),
+    (lambda: PruneQuantize(3, 3).bind(jnp.asarray([1.0, 2.0, 1.0, 0.5]), ()), "of which 2 are distinct"),
     (lambda: AdaptiveCodebook(3).bind(jnp.asarray([1.0, 2.0, 1.0]), ()), "of which 2 are distinct"),
     (lambda: fixed_point(0, 1), "bits: 0"),
     (lambda: powers_of_two(-3, 0), "smallest, largest"),
