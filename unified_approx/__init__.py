@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from unified_approx.multistage import Musco, MuscoOptions, musco
     from unified_approx.pipeline import Result, compress, plan, sensitivity
+    from unified_approx.recalibration import recalibrate_norms
     from unified_approx.report import Report
     from unified_approx.rules import Rule
     from unified_approx.run import Plan
@@ -69,6 +70,7 @@ _HOMES = {
     "pack": "storage",
     "parse_tasks": "learning_compression",
     "plan": "pipeline",
+    "recalibrate_norms": "recalibration",
     "remove_unread": "unread",
     "save": "storage",
     "sensitivity": "pipeline",
@@ -113,6 +115,7 @@ __all__ = [
     "pack",
     "parse_tasks",
     "plan",
+    "recalibrate_norms",
     "remove_unread",
     "save",
     "sensitivity",
