@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
+from rich.table import Table
 
 from solvers.terms import MatrixShape, Term, index_bits
 from unified_approx.assemble import get, with_executions
@@ -21,7 +22,7 @@ from unified_approx.calling import Call
 from unified_approx.layers import Factored, Index
 from unified_approx.layers.factored import MERGED
 from unified_approx.macs import LayerCall, factored_layers, walk
-from unified_approx.sites import Path
+from unified_approx.sites import Path, path_name
 
 VALUE_BITS = 32  # of a float32 value
 
@@ -37,6 +38,8 @@ class LayerCost:
         index_bits: bits of stored indices.
         bits: of values and indices.
         macs: multiply-adds per image with these weights.
+        input_shape: of what the first product with them reads, without the batch; None where there is none.
+        output_shape: of what comes out of the last one.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class LayerCost:
     index_bits: int
     bits: int
     macs: int
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,22 @@ class NetworkCost:
             if row.path == path:
                 return row
         raise ValueError(f"path={path}: no module with weights there; there are {[row.path for row in self.layers]}")
+
+
+def cost_table(cost: NetworkCost) -> Table:
+    """For a terminal: every module with weights, its shapes, and its shares of the whole."""
+    table = Table(title=f"{cost.params:,} values, {cost.bits // 8:,} bytes, {cost.macs:,} multiply-adds per image")
+    for heading in ("module", "kind", "input", "output", "values", "%", "multiply-adds", "%"):
+        table.add_column(heading, justify="left" if heading in ("module", "kind") else "right")
+    for row in cost.layers:
+        shapes = ("" if s is None else " × ".join(map(str, s)) for s in (row.input_shape, row.output_shape))
+        figures = [
+            text
+            for value, total in ((row.params, cost.params), (row.macs, cost.macs))
+            for text in (f"{value:,}", f"{100 * value / max(total, 1):.1f}")
+        ]
+        table.add_row(path_name(row.path) or "(products of data)", row.kind, *shapes, *figures)
+    return table
 
 
 def params_ratio(original: NetworkCost, compressed: NetworkCost) -> float:
@@ -171,9 +192,11 @@ def network_cost(
         ValueError: the example holds no array.
     """
     images, walked = _batch_size(example), walk(model, example, call)
-    macs = Counter[Path]()
+    macs, inputs, outputs = Counter[Path](), dict[Path, tuple[int, ...]](), dict[Path, tuple[int, ...]]()
     for c in walked.calls:
         macs[c.path] += c.macs
+        inputs.setdefault(c.path, c.input_shape[1:])
+        outputs[c.path] = c.output_shape[1:]
     stored: dict[Path, list[Any]] = {}
     flat = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Any(nnx.RngState, Index))))
     for path, leaf in flat:
@@ -181,7 +204,8 @@ def network_cost(
     rows = []
     for path, leaves in stored.items():
         row = _row(path, get(model, path), leaves, macs.pop(path, 0) // images)
-        rows.append(_folded(row, model, walked.follows.get(path)) if fold else row)
+        row = _folded(row, model, walked.follows.get(path)) if fold else row
+        rows.append(replace(row, input_shape=inputs.get(path), output_shape=outputs.get(path)))
     rows += [
         LayerCost(path=path, kind="data", params=0, index_bits=0, bits=0, macs=m // images) for path, m in macs.items()
     ]

@@ -26,12 +26,14 @@ class LayerCall:
         macs: multiply-adds for the whole batch.
         input_shape: of the data operand.
         input_dtype: likewise.
+        output_shape: of what comes out of it.
     """
 
     path: Path
     macs: int
     input_shape: tuple[int, ...]
     input_dtype: str
+    output_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class Walk:
             data = eqn.invars[0 if ins[0].data else 1].aval
             owners = {self.owner(path) for path in weights}
             path = min(owners, key=str) if owners else ()
-            self.calls.append(LayerCall(path, times * _macs(eqn), data.shape, data.dtype.name))
+            out = eqn.outvars[0].aval.shape
+            self.calls.append(LayerCall(path, times * _macs(eqn), data.shape, data.dtype.name, out))
             return _Source(data=True, layer=path or None)
         before = [s.layer for s in ins if s.data]
         layer = before[0] if len(before) == 1 and eqn.primitive.name in _AFFINE else None
@@ -125,7 +128,9 @@ class Walk:
             self.follows.setdefault(self.owner(path), layer)
         if eqn.primitive.name == "mul" and (found := {self.owner(path) for path in weights}.intersection(self.filters)):
             out = eqn.outvars[0].aval
-            self.calls.append(LayerCall(min(found, key=str), times * prod(out.shape), out.shape, out.dtype.name))
+            self.calls.append(
+                LayerCall(min(found, key=str), times * prod(out.shape), out.shape, out.dtype.name, out.shape)
+            )
         return _Source(data=True, layer=layer)
 
 

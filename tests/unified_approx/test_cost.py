@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from solvers.terms import Columns, LowRank, MatrixShape, Spatial
 from unified_approx import cost, latency
@@ -128,6 +129,18 @@ def test_counted_macs_are_those_the_layers_state(net, terms):
         counted = cost.network_cost(other, X).layer(("blocks", 0))
         assert counted.macs == other.blocks[0].macs((6, 6)), name
         assert counted.params == sum(t.num_params for t in sums[terms]) + 8
+
+
+def test_shapes_and_shares(net):
+    found = cost.network_cost(net, X)
+    row = found.layer(("blocks", 0))
+    assert (row.input_shape, row.output_shape) == ((6, 6, 4), (3, 3, 8))
+    assert found.layer(("fc",)).output_shape == (5,)
+    console = Console(width=200)
+    with console.capture() as seen:
+        console.print(cost.cost_table(found))
+    assert "6 × 6 × 4" in seen.get()
+    assert f"{100 * row.macs / found.macs:.1f}" in seen.get()
 
 
 def test_bfloat16_values_count_16_bits():

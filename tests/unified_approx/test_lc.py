@@ -24,13 +24,16 @@ from unified_approx import datasets, evaluate, zoo
 from unified_approx.learning_compression import (
     LcStoppedError,
     MuSchedule,
+    Operations,
     Penalty,
     Schedule,
     SgdLStep,
     Task,
+    direct_compression,
     exponential,
     informed,
     lc,
+    operations,
     run_state,
 )
 from unified_approx.learning_compression.c_step import c_step, direct
@@ -424,5 +427,14 @@ def test_bad_arguments(digits, make, message):
 
 
 def test_a_step_without_a_finite_loss_is_never_the_best():
-    lines = [Step(step=i, mu=0.1, loss=loss, penalty=0.0) for i, loss in enumerate([np.nan, 2.0, np.inf, 1.0])]
+    lines = [Step(step=i, mu=0.1, loss=loss, gap=0.0) for i, loss in enumerate([np.nan, 2.0, np.inf, 1.0])]
     assert [run_state._best_step(lines[: i + 1]) for i in range(4)] == [0, 1, 1, 3]
+
+
+def test_a_codebook_multiplies_once_a_value_and_output():
+    model, x = zoo.create("lenet300"), np.zeros((2, 28, 28, 1), np.float32)
+    tasks = [Task(path="fc1", compression=AdaptiveCodebook(2)), Task(path="fc2", compression=LowRank(5))]
+    found = operations(direct_compression(model, tasks), x)
+    assert found["fc1"] == Operations(2 * 300, 784 * 300)
+    assert found["fc2"] == Operations(300 * 100, 300 * 100)  # the merged form
+    assert found["fc3"] == Operations(1000, 1000)

@@ -6,6 +6,7 @@ from unified_approx.learning_compression.finetuning import finetune_compressed
 from unified_approx.learning_compression.informed import informed
 from unified_approx.learning_compression.l_step import LStep, Schedule, SgdLStep
 from unified_approx.learning_compression.layerwise import LayerLStep, compress_layer
+from unified_approx.learning_compression.operations import Operations, operations
 from unified_approx.learning_compression.penalty import Penalty
 from unified_approx.learning_compression.result import LcResult, Step
 from unified_approx.learning_compression.schedules import MuSchedule, exponential
@@ -20,6 +21,7 @@ __all__ = [
     "LcStoppedError",
     "MuSchedule",
     "NetworkTaylor",
+    "Operations",
     "Penalty",
     "Schedule",
     "SgdLStep",
@@ -34,6 +36,7 @@ __all__ = [
     "informed",
     "lc",
     "load_taylor",
+    "operations",
     "parse_tasks",
     "taylor_of",
 ]
