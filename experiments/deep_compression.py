@@ -23,7 +23,7 @@ from resumable import Rows, kept
 from unified_approx import datasets, evaluate, finetune_compressed, storage, zoo
 from unified_approx.deep_compression import gradual, prune, share
 from unified_approx.learning_compression import LcResult, Schedule, SgdLStep, exponential, lc, parse_tasks
-from unified_approx.results import check, network_row, write_results
+from unified_approx.results import check, network_row, read_rows, write_results
 from unified_approx.training import Recipe, train
 
 RESULT = Path(__file__).parent / "results" / "deep_compression.json"
@@ -238,14 +238,18 @@ def checks_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(
     data: Annotated[Path | None, typer.Option(envvar="UNIFIED_APPROX_DATA")] = None,
-    network: Annotated[list[str] | None, typer.Option(help="lenet300, lenet5; both by default.")] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="lenet300, lenet5; both by default. Rows of others stay in the file.")
+    ] = None,
     quick: bool = False,
     work_dir: Annotated[Path, typer.Option(help="Finished stages and checkpoints.")] = WORK,
     json_file: Annotated[Path, typer.Option("--json")] = RESULT,
 ) -> None:
     """Make the table."""
-    start, rows = time.perf_counter(), list[dict[str, Any]]()
-    for name in network or list(SETTINGS):
+    start, chosen = time.perf_counter(), network or list(SETTINGS)
+    others = json_file.exists() and not quick
+    rows = [row for row in read_rows(json_file) if row["network"] not in chosen] if others else []
+    for name in chosen:
         if name not in SETTINGS:
             raise typer.BadParameter(f"--network: {name!r} is unknown; there are {', '.join(SETTINGS)}")
         rows += Pipeline(name, data, work_dir / ("quick" if quick else "full"), quick).rows()
