@@ -114,7 +114,7 @@ def test_every_execution_is_the_sum_of_the_matrices(geometry, spatial):
 
 @pytest.mark.parametrize("name", ["strided, dilated", "lopsided, explicit", "1-D", "1x1 strided"])
 def test_tensor_terms_stride_pad_and_dilate_where_the_layer_does(name):
-    """musco-pytorch drops dilation and padding modes, and CP-4 its bias after a second compression."""
+    """musco-pytorch drops dilation and padding modes."""
     geometry, spatial = GEOMETRIES[name]
     sums = terms_for(geometry)
     for kind in ("tucker2", "cp3 + columns", *(("cp4",) if len(geometry.window) == 2 else ())):

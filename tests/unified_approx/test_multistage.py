@@ -160,6 +160,27 @@ def test_what_follows_is_folded_and_shortcuts_count():
     assert np.linalg.norm(found - reference) < 0.5 * np.linalg.norm(reference)
 
 
+def test_dilation_and_biases_survive_a_second_pass_of_cp4():
+    """musco-pytorch drops the first, and reads the second from the wrong layer."""
+    parts = {"a": conv(3, 8, kernel_dilation=2), "b": conv(8, 10, strides=2), "c": linear(160, 3)}
+    model = build(lambda: Fn(lambda m, x: m.c(flat(nnx.relu(m.b(nnx.relu(m.a(x)))))), **parts))
+    x = np.random.default_rng(0).standard_normal((40, 8, 8, 3)).astype(np.float32)
+    arguments = {"decomposition": "cp4", "data_aware": False, "keep": ["c"], **FAST}
+    network = model
+    for ranks in ({"a": (9,), "b": (16,)}, {"a": (7,), "b": (12,)}):
+        result = ua.musco(network, x, rank_rule=None, ranks=ranks, **arguments)
+        network = as_dense(result.model)
+    for name in ("a", "b"):
+        layer, original = layer_of(result.model, name), getattr(model, name)
+        assert layer.terms[0].kind == "cp4"
+        assert (layer.geometry.dilation, layer.geometry.strides) == {"a": ((2, 2), (1, 1)), "b": ((1, 1), (2, 2))}[name]
+        np.testing.assert_allclose(layer.bias[...], original.bias[...], atol=1e-6)
+        dense = nnx.clone(original)
+        dense.kernel[...] = layer.kernel()
+        values = jax.random.normal(jax.random.key(1), (2, 8, 8, original.in_features))
+        np.testing.assert_allclose(layer(values), dense(values), atol=1e-4)
+
+
 @pytest.mark.parametrize("rule", [Energy(kept=0.8), Cheapest(alpha=2e-5), MaxDrop(points=2.0, by="error")])
 def test_rules_that_look_at_data(digits, rule):
     model, x, y, test, labels = digits
