@@ -268,7 +268,8 @@ class ArrayType:
             raise DamagedError(f"dtype: {self.dtype!r} cannot be packed; there are {', '.join(DTYPES)}")
         if not all(type(size) is int and size >= 0 for size in self.shape):
             raise DamagedError(f"shape: {self.shape}")
-        if prod(max(size, 1) for size in self.shape) > _LARGEST_SHAPE:  # an array without values may name any sizes
+        # An array without values takes no room, whatever its other sizes; NumPy refuses some of them.
+        if 0 in self.shape and prod(max(size, 1) for size in self.shape) > _LARGEST_SHAPE:
             raise DamagedError(f"shape: {self.shape} is larger than any array")
 
     @classmethod
