@@ -87,11 +87,7 @@ def main(
     shared = {"rules": rules, "group": group, "seed": seed}
     chosen = entry.preprocess(images.x[:calibration])
     with compact():
-        table = None
-        if allocation != "uniform":
-            timed = "latency" in budget
-            file = work_dir / f"{kind}{'-timed' if timed else ''}.json"
-            table = _table(file, model, chosen, allocation, {**shared, "timed": timed})
+        table = _table(work_dir / kind, model, chosen, allocation, budget, shared)
         clock = time.perf_counter()
         result = ua.compress(
             model,
@@ -116,7 +112,7 @@ def main(
         result = ua.Result(model=tuned, report=result.report)
         more["labels"] = not match
         if not (skip_original or match):
-            again = train(model, work_dir / network)
+            again = train(model, work_dir / (f"{network}-quick" if quick else network))
             more["reference_finetuned_accuracy"] = evaluate.accuracy(again, images.test, images.labels)
     row = comparison.compare(
         network,
@@ -138,11 +134,17 @@ def main(
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
 
 
-def _table(file: Path, model: nnx.Module, chosen: Any, method: str, shared: dict[str, Any]) -> ua.Sensitivity:
-    """The sensitivity table, measured once for all budgets."""
+def _table(
+    stem: Path, model: nnx.Module, chosen: Any, method: str, budget: str, shared: dict[str, Any]
+) -> ua.Sensitivity | None:
+    """The sensitivity table, measured once for all budgets, those of seconds apart; None where none is asked for."""
+    if method == "uniform":
+        return None
+    timed = "latency" in budget
+    file = stem.with_name(f"{stem.name}{'-timed' if timed else ''}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        ua.sensitivity(model, chosen, method=method, **shared).save(file)
+        ua.sensitivity(model, chosen, method=method, timed=timed, **shared).save(file)
     return ua.Sensitivity.load(file)
 
 
