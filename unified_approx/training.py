@@ -89,31 +89,29 @@ class Epoch:
     Attributes:
         epoch: from 1.
         loss: mean of the training loss.
-        accuracy: on the validation data, in percent; None without, or without labels.
         seconds: of this epoch.
+        accuracy: on the validation data, in percent; None without, or without labels.
         validation_loss: the objective on the validation images, where it needs no labels.
     """
 
     epoch: int
     loss: float
-    accuracy: float | None
     seconds: float
+    accuracy: float | None = None
     validation_loss: float | None = None
 
     @property
     def score(self) -> float | None:
         """What the best epoch is chosen by, larger is better; None without validation."""
-        if self.validation_loss is None:
-            return self.accuracy
-        return -self.validation_loss if np.isfinite(self.validation_loss) else -np.inf
+        return _score(self.accuracy, self.validation_loss)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """The network after its best epoch (the last of finite loss where there was no validation), and the history.
 
-    A run whose loss is no longer finite ends there, with a warning; `best` is 0 where that was the first epoch, and the
-    network is the one that was given.
+    `best` is 0, and the network the one that was given, where no epoch made it better on the validation data. A run
+    whose loss is no longer finite ends there, with a warning.
     """
 
     model: nnx.Module
@@ -147,8 +145,8 @@ def train(
         objective: what is minimised, in place of the recipe's cross entropy.
         optimizer: in place of the recipe's.
         teacher: network whose answers are imitated as well, in evaluation mode.
-        validation: (x, y), x unprepared; the epoch with the best accuracy on it is returned. Images alone for an
-            objective without labels: the epoch with the lowest loss.
+        validation: (x, y), x unprepared; the network with the best accuracy on it is returned, of those after each
+            epoch and the one that is given. Images alone for an objective without labels: the lowest loss.
         patience: stop after so many epochs without a better one; needs validation.
         checkpoint_dir: a folder that is written after every epoch; a run that finds its own checkpoint there goes on,
             and ends with the weights that it would have had, uninterrupted.
@@ -175,6 +173,7 @@ def train(
     params, moving = jax.tree.map(jnp.copy, (params, moving))
     carry = Carry(params, moving, transform.init(params), jax.random.key(recipe.seed))
     inputs = Inputs(jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None, taught, fixed)
+    given = None if validation is None else _score(**_validate(loop, carry, inputs, validation, batch))
     history: list[Epoch] = []
     best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, moving)))
     store = None
@@ -183,8 +182,8 @@ def train(
         store = Checkpoints(checkpoint_dir, identity, _sizes(model, teacher))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]
-        best = (_best_epoch(history), found["best"])
-    while len(history) < recipe.epochs and not _is_over(history, patience):
+        best = (_best_epoch(history, given), found["best"])
+    while len(history) < recipe.epochs and not _is_over(history, best[0], patience):
         start, number = time.perf_counter(), len(history) + 1
         order = np.random.default_rng((recipe.seed, number)).permutation(len(x))[: per_epoch * batch]
         losses = []
@@ -192,11 +191,9 @@ def train(
             carry, values = loop.steps(inputs, carry, part)
             losses.append(values)
         loss = float(jnp.mean(jnp.concatenate(losses)))
-        scores: dict[str, Any] = {"accuracy": None}
-        if validation is not None:
-            scores |= _validate(loop, carry, inputs, validation, batch)
+        scores = {} if validation is None else _validate(loop, carry, inputs, validation, batch)
         history.append(Epoch(epoch=number, loss=loss, seconds=time.perf_counter() - start, **scores))
-        if _best_epoch(history) == number:
+        if _best_epoch(history, given) == number:
             best = (number, jax.tree.map(jnp.copy, carry[:2]))
         if store is not None:
             lines = [asdict(line) for line in history]
@@ -254,19 +251,30 @@ def _sizes(*networks: nnx.Module | None) -> list[float]:
     return [float(f(w)) for w in weights for f in (np.sum, np.linalg.norm)]
 
 
-def _best_epoch(history: list[Epoch]) -> int:
-    """The epoch of the best validation, the earliest of equals; the last without validation; 0 if none was finite."""
+def _score(accuracy: float | None = None, validation_loss: float | None = None) -> float | None:
+    if validation_loss is None:
+        return accuracy
+    return -validation_loss if np.isfinite(validation_loss) else -np.inf
+
+
+def _best_epoch(history: list[Epoch], given: float | None) -> int:
+    """The epoch of the best validation, the earliest of equals; the last without validation.
+
+    0 if none was finite, or if what was given has a better score than all of them.
+    """
     finite = [line for line in history if np.isfinite(line.loss)]
-    if not finite or finite[-1].score is None:
+    if not finite or given is None:
         return len(finite)
-    return max(finite, key=lambda line: (line.score or 0.0, -line.epoch)).epoch
+    scores = [given if line.score is None else line.score for line in finite]
+    return 0 if max(scores) < given else finite[int(np.argmax(scores))].epoch
 
 
-def _is_over(history: list[Epoch], patience: int | None) -> bool:
+def _is_over(history: list[Epoch], best: int, patience: int | None) -> bool:
     """Whether the weights are lost, or patience is."""
     if history and not np.isfinite(history[-1].loss):
         return True
-    return patience is not None and bool(history) and len(history) - _best_epoch(history) >= patience
+    # The first epoch counts as a start: rates rise in it, and networks are rarely better after it.
+    return patience is not None and len(history) - max(best, 1) >= patience
 
 
 def _validate(loop: Loop, carry: Carry, inputs: Inputs, validation: Any, batch: int) -> dict[str, float]:

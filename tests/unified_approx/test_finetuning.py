@@ -78,7 +78,7 @@ def test_matching_a_block_brings_it_nearer_and_leaves_later_layers(digits, whole
 def test_the_epoch_that_matches_best_is_kept(digits, small, tmp_path):
     original, x, test = digits
     recipe = ua.Recipe(epochs=3, batch_size=64, augment=None)
-    wild = optax.sgd(lambda step: jnp.where(step < len(x) // 64, 0.02, 3.0))
+    wild = optax.sgd(lambda step: jnp.where(step < len(x) // 64, 1e-3, 3.0))
     arguments = {"validation": test, "optimizer": wild, "checkpoint_dir": tmp_path / "c"}
     done = ua.match_outputs(small, original, x, recipe, patience=1, **arguments)
     losses = [line.validation_loss for line in done.history]

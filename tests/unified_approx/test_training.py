@@ -95,12 +95,25 @@ def test_batch_norms_statistics_follow_the_data(digits):
 
 def test_best_epoch_on_validation_and_patience(digits, small):
     x, y, test, labels = digits
-    arguments = {"validation": (test, labels), "patience": 1, "optimizer": optax.sgd(1.0)}
+    rates = lambda step: jnp.where(step < 2 * (len(x) // 128), 0.02, 3.0)  # noqa: E731 - harmful from epoch 3 on
+    arguments = {"validation": (test, labels), "patience": 1, "optimizer": optax.sgd(rates)}
     done = finetune(small, x, y, Recipe(epochs=6, augment=None), **arguments)
     accuracies = [line.accuracy for line in done.history]
     assert len(done.history) < 6
     assert done.best == int(np.argmax(accuracies)) + 1
     assert evaluate.accuracy(done.model, test, labels) == pytest.approx(max(accuracies))
+
+
+def test_the_network_that_was_given_is_returned_where_training_only_harms_it(digits, tmp_path):
+    x, y, test, labels = digits
+    network = zoo.load("digits")
+    arguments = {"validation": (test, labels), "optimizer": optax.sgd(1.0), "checkpoint_dir": tmp_path / "c"}
+    for _ in range(2):  # the second time from the checkpoint
+        done = train(network, x[:256], y[:256], Recipe(epochs=2, augment=None), **arguments)
+        assert (done.best, len(done.history)) == (0, 2)
+        assert max(line.accuracy for line in done.history) < evaluate.accuracy(network, test, labels)
+        for old, new in zip(*(jax.tree.leaves(nnx.state(m)) for m in (network, done.model)), strict=True):
+            np.testing.assert_array_equal(old, new)
 
 
 KILLED = """
