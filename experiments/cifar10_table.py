@@ -84,16 +84,15 @@ def main(
     reference = evaluate.accuracy(model, images.test, images.labels)
     rules = [ua.Rule(path=pattern, keep=True) for pattern in keep or ()]
     rules += [ua.Rule(path=pattern, group="column") for pattern in columns or ()]
-    shared = {"rules": rules, "group": group, "seed": seed}
+    shared = {"rules": rules, "form": form, "group": group, "seed": seed}
     chosen = entry.preprocess(images.x[:calibration])
     with compact():
-        table = _table(work_dir / kind, model, chosen, allocation, budget, shared)
+        table = _table(work_dir / f"{kind}-{form}", model, chosen, allocation, budget, shared)
         clock = time.perf_counter()
         result = ua.compress(
             model,
             chosen,
             budget=ua.Budget.parse(budget),
-            form=form,
             allocation=allocation,
             sensitivity=table,
             work_dir=work_dir / name / "layers",
