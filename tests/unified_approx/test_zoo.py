@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
 
 # Parameters, batch statistics not counted: known figures of the literature, or summed by hand (nin, digits).
@@ -19,7 +20,17 @@ PARAMETERS = {
     "resnet32": 464_154,
     "resnet44": 658_586,
     "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "vgg9": 1_777_610,
+    "vgg9-plain": 1_776_458,
+    "vgg11": 9_228_362,
+    "vgg11-plain": 9_225_610,
+    "vgg13": 9_413_066,
+    "vgg13-plain": 9_410_122,
     "vgg16": 14_724_042,
+    "vgg16-plain": 14_719_818,
+    "vgg19": 20_035_018,
+    "vgg19-plain": 20_029_514,
     "nin": 966_986,
     "lenet300": 266_610,
     "lenet5": 431_080,
@@ -49,6 +60,8 @@ def test_names_and_unknown_name():
     assert set(zoo.names()) == set(PARAMETERS)
     with pytest.raises(ValueError, match="'resnet18'.*resnet20"):
         zoo.entry("resnet18")
+    with pytest.raises(ValueError, match="depth is 10: choose one of 9, 11"):
+        zoo.Vgg(10, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -56,8 +69,8 @@ def test_every_network_has_its_size_and_gives_logits(name):
     entry, model = zoo.entry(name), abstract(name)
     assert sum(v.size for v in weights(model)) == PARAMETERS[name]
     assert entry.dataset in (*datasets.names(), "imagenet")
-    if name in ("resnet32", "resnet44", "resnet56"):
-        return  # the same code as resnet20
+    if name.startswith("resnet") and name != "resnet20":
+        return  # the same code
     x = jax.ShapeDtypeStruct((2, *entry.input_shape), jnp.float32)
     out = nnx.eval_shape(lambda m, x: m(x), model, x)
     assert out.shape == (2, entry.num_classes)
@@ -89,6 +102,49 @@ def test_options():
     assert "conv1/bias" not in with_norm
     x = np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
     assert evaluate.predict(zoo.create("digits", batch_norm=True), x).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("nin", {"batch_norm": True}, PARAMETERS["nin"] + 1418),  # a scale for each of the channels; shifts for biases
+        ("resnet20", {"projection": True}, 272_474),
+    ],
+)
+def test_options_of_structure(name, options, parameters, tmp_path):
+    model = zoo.create(name, **options)
+    assert sum(v.size for v in weights(model)) == parameters
+    ua.save(tmp_path / "network.safetensors", model)
+    again = ua.load(tmp_path / "network.safetensors")
+    x = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(evaluate.predict(again, x), evaluate.predict(model, x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "path", "tensor"),
+    [
+        ("vgg16", {}, "convs/12", "features.40"),
+        ("vgg16", {}, "norms/12", "features.41"),
+        ("vgg16-plain", {}, "convs/12", "features.28"),
+        ("vgg11", {}, "convs/7", "features.25"),
+        ("vgg11-plain", {}, "convs/1", "features.3"),
+        ("vgg19", {}, "convs/15", "features.49"),
+        ("resnet20", {"projection": True}, "blocks/3/shortcut", "layer2.0.shortcut.0"),
+        ("resnet20", {"projection": True}, "blocks/3/bn_shortcut", "layer2.0.shortcut.1"),
+    ],
+)
+def test_names_in_published_files(name, options, path, tensor):
+    names = zoo.entry(name).torch_names
+    assert names(path) == tensor
+    tensors = zoo.torch_tensors(zoo.create(name, **options), names, zoo.entry(name).flatten)
+    assert f"{tensor}.weight" in tensors
+
+
+def test_a_linear_layer_on_several_pixels_is_read_in_the_order_of_its_file():
+    entry, model = zoo.entry("vgg9-plain"), zoo.create("vgg9-plain")
+    stored = zoo.torch_tensors(model, entry.torch_names, entry.flatten)["classifier.weight"]
+    kernel = np.asarray(model.fc.kernel[...])
+    np.testing.assert_array_equal(stored.reshape(10, 256, 4, 4)[3, 7, 2, 1], kernel.reshape(4, 4, 256, 10)[2, 1, 7, 3])
 
 
 @pytest.mark.parametrize(

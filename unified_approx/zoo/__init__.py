@@ -10,7 +10,7 @@ from unified_approx.zoo.nin import NetworkInNetwork
 from unified_approx.zoo.registry import create, entry, load, names
 from unified_approx.zoo.resnet import ResNet
 from unified_approx.zoo.torch_layout import load_torch_layout, read_safetensors, torch_tensors
-from unified_approx.zoo.vgg import Vgg16
+from unified_approx.zoo.vgg import Vgg
 
 __all__ = [
     "AlexNet",
@@ -21,7 +21,7 @@ __all__ = [
     "NetworkInNetwork",
     "Normalization",
     "ResNet",
-    "Vgg16",
+    "Vgg",
     "ZooEntry",
     "create",
     "entry",

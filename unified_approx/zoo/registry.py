@@ -31,6 +31,16 @@ def _resnet(blocks_per_stage: int) -> ZooEntry:
     )
 
 
+def _vgg(depth: int, batch_norm: bool) -> ZooEntry:
+    return _cifar(
+        f"vgg{depth}" if batch_norm else f"vgg{depth}-plain",
+        make=vgg.make_vgg(depth, batch_norm),
+        normalization=_CIFAR,
+        torch_names=vgg.torch_names(depth, batch_norm),
+        flatten=vgg.flatten(depth),
+    )
+
+
 def _imagenet(name: str, **fields: Any) -> ZooEntry:
     return ZooEntry(name=name, input_shape=(224, 224, 3), num_classes=1000, dataset="imagenet", **fields)
 
@@ -43,11 +53,8 @@ def _mnist(name: str, **fields: Any) -> ZooEntry:
 _ENTRIES = {
     row.name: row
     for row in (
-        _resnet(3),
-        _resnet(5),
-        _resnet(7),
-        _resnet(9),
-        _cifar("vgg16", make=vgg.make_vgg16, normalization=_CIFAR, torch_names=vgg.torch_names()),
+        *(_resnet(blocks_per_stage) for blocks_per_stage in (3, 5, 7, 9, 18)),
+        *(_vgg(depth, batch_norm) for depth in vgg.DEPTHS for batch_norm in (True, False)),
         _cifar("nin", make=nin.make_nin, normalization=_CIFAR),
         _mnist("lenet300", make=lenet.make_lenet300, torch_names=lenet.LENET300_NAMES),
         _mnist("lenet5", make=lenet.make_lenet5, flatten={"fc1": (4, 4, 50)}),
@@ -107,8 +114,9 @@ def create(name: str, *, seed: int = 0, **options: Any) -> nnx.Module:
     Args:
         name: one of `names()`.
         seed: of the weights.
-        **options: `activation` ("tanh" or "relu") of lenet300; `batch_norm` of digits; `num_classes`, `width` (a factor
-            on the channels) and `dropout` of alexnet and googlenet.
+        **options: `activation` ("tanh" or "relu") of lenet300; `batch_norm` of digits and nin; `projection` (shortcuts
+            between stages that are convolved) of ResNets; `num_classes`, `width` (a factor on the channels) and
+            `dropout` of alexnet and googlenet.
 
     Raises:
         ValueError: unknown name or option, negative seed.
