@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from unified_approx.distances import divergence, floating, output_distance, relative_gap
+from unified_approx.layers import Factored
 from unified_approx.sites import Path, path_name
 from unified_approx.tap import outputs_of
 
@@ -113,6 +114,26 @@ def _norms(rows: Float[Array, "rows n"]) -> Float[Array, " rows"]:
     """Of rows, with gradient 0 where a row is 0."""
     squares = jnp.sum(rows * rows, axis=1)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ProductDecay:
+    """weight/2 sum ||m||_F^2 over the matrices m that the factors of each factored layer make together.
+
+    The decay that the layer had before it was factored: that of the factors' own values also draws their products to a
+    lower rank. Idelbayev and Carreira-Perpinan (2020) train low-rank networks so.
+
+    Attributes:
+        weight: of the penalty.
+    """
+
+    weight: Float[ArrayLike, ""]
+
+    def __call__(self, model: nnx.Module) -> Float[Array, ""]:
+        """The penalty."""
+        layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Factored)]
+        return jnp.asarray(self.weight) / 2 * sum((jnp.sum(layer.kernel() ** 2) for layer in layers), jnp.zeros(()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from unified_approx.calling import Call, forward
 from unified_approx.checkpoints import Checkpoints
 from unified_approx.evaluate import accuracy
 from unified_approx.files import fingerprint_of
 from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
-from unified_approx.objectives import CrossEntropy, Objective
+from unified_approx.objectives import CrossEntropy, Objective, ProductDecay
 
 _STEPS_PER_CALL = 50  # between two looks at the clock; nothing leaves the device in between
 
@@ -34,7 +34,8 @@ class Recipe:
         learning_rate: the highest of the one-cycle schedule (ignored with an optimizer of the user's).
         warmup: fraction of the steps in which it rises.
         momentum: of Nesterov's SGD.
-        weight_decay: on kernels and factors, not on biases and norms.
+        weight_decay: w for w/2 of the sum of squares, of kernels and factors, not of biases and norms.
+        decay_products: whether it is taken of the matrix that a layer's factors make, in place of each factor's values.
         clip: largest norm of the gradient.
         augment: "crop_flip" pads images by 4, crops and mirrors them at random; None leaves them alone.
         label_smoothing: share of the target that goes to all classes alike.
@@ -49,6 +50,7 @@ class Recipe:
     warmup: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    decay_products: bool = False
     clip: float = 5.0
     augment: Literal["crop_flip"] | None = "crop_flip"
     label_smoothing: float = 0.0
@@ -77,9 +79,18 @@ class Recipe:
         )
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
-            optax.add_decayed_weights(self.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p)),
+            optax.add_decayed_weights(self.weight_decay, mask=self._decayed),
             optax.sgd(schedule, momentum=self.momentum, nesterov=True),
         )
+
+    def _decayed(self, params: PyTree) -> PyTree:
+        """Which arrays are decayed value by value."""
+
+        def is_decayed(path: tuple[Any, ...], values: Array) -> bool:
+            in_product = self.decay_products and any(getattr(key, "key", None) == "terms" for key in path)
+            return values.ndim > 1 and not in_product
+
+        return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +183,8 @@ def train(
     # A step donates what it is given, and a clone shares its arrays with the model.
     params, moving = jax.tree.map(jnp.copy, (params, moving))
     carry = Carry(params, moving, transform.init(params), jax.random.key(recipe.seed))
-    inputs = Inputs(jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None, taught, fixed)
+    decay = ProductDecay(recipe.weight_decay) if recipe.decay_products and optimizer is None else None
+    inputs = Inputs(jnp.asarray(x), jnp.asarray(y) if objective.needs_labels else None, taught, fixed, decay)
     given = None if validation is None else _score(**_validate(loop, carry, inputs, validation, batch))
     history: list[Epoch] = []
     best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, moving)))

@@ -1,7 +1,7 @@
 """Low rank of the rank that pays best, or none at all where the dense layer is cheaper."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +89,10 @@ class RankSelection(FactoredForm):
     def suggested_mu(self, target: Float[Array, "n p"]) -> float:
         """Where a rank of 1 begins to pay: 2 alpha cost(1) / s_1^2, s_1 the largest singular value."""
         w = self.reshaping.apply(target)
-        return 2 * float(self._prices(*w.shape)[1]) / float(svd_of(w)[1][0]) ** 2
+        return self._pays_from(w.shape, float(svd_of(w)[1][0]))
+
+    def _pays_from(self, shape: tuple[int, ...], largest: float) -> float:
+        return 2 * float(self._prices(*shape)[1]) / largest**2
 
     def penalty(self, theta: Factors) -> Float[Array, ""]:
         """Alpha times the cost of the rank."""
@@ -120,6 +123,16 @@ class RankSelection(FactoredForm):
     def settle(self, theta: Factors) -> Factors:
         """See `Compression.settle`; a dense matrix is its product again."""
         return _dense(rounded(product(theta), self.value_bits)) if self._is_dense(theta) else super().settle(theta)
+
+    def info(self, theta: Factors) -> dict[str, Any]:
+        """The rank; of a dense matrix, as it is before the first step, also its singular values and `suggested_mu`."""
+        found = super().info(theta)
+        if not self._is_dense(theta):
+            return found
+        w = product(theta)
+        sizes = np.asarray(svd_of(w)[1], np.float64)
+        mu = self._pays_from(w.shape, float(sizes[0])) if sizes[0] > 0 else None  # no rank pays for zeros
+        return found | {"singular_values": sizes.tolist(), "suggested_mu": mu}
 
     def terms(self, theta: Factors, shape: MatrixShape) -> tuple[Term, ...] | None:
         """One pair of factors, or None for the dense layer."""

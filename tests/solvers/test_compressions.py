@@ -367,6 +367,11 @@ def test_the_rank_is_full_at_mu_zero_and_1_at_the_suggested_mu():
     np.testing.assert_array_equal(form.decompress(form.compress(w, 0.0)), w)
     assert int(form.compress(w, form.suggested_mu(w) * 0.99).rank) == 0
     assert int(form.compress(w, form.suggested_mu(w) * 1.01).rank) >= 1
+    told = form.info(form.compress(w, 0.0))
+    assert told["suggested_mu"] == pytest.approx(form.suggested_mu(w), rel=1e-5)
+    np.testing.assert_allclose(told["singular_values"], np.linalg.svd(np.asarray(w), compute_uv=False), rtol=1e-4)
+    assert form.info(form.compress(w, form.suggested_mu(w) * 0.99)) == {"rank": 0}
+    assert form.info(form.compress(jnp.zeros_like(w), 0.0))["suggested_mu"] is None
 
 
 def test_schemes():

@@ -168,6 +168,25 @@ def test_a_run_that_diverges_ends_with_the_last_sound_network(digits, tmp_path):
         assert np.isfinite(evaluate.predict(done.model, x[:8])).all()
 
 
+def test_decay_of_products_is_that_of_the_layers_matrix(digits):
+    """One step of plain SGD on a network that learns nothing: the change is that of weight_decay/2 ||u v||^2."""
+    x, y = (array[:64] for array in digits[:2])
+    arguments = {"allocation": "uniform", "rows": 1024, "form": "low_rank", "progress": lambda e: None}
+    low = ua.compress(zoo.load("digits"), x, budget=ua.Budget(params=0.2), **arguments).model
+    changes = []
+    for decay in (0.0, 0.1):
+        recipe = Recipe(
+            epochs=1, batch_size=64, augment=None, momentum=0.0, clip=np.inf, weight_decay=decay, decay_products=True
+        )
+        changes.append(train(low, x, y, recipe).model)
+    for name in ("conv2", "conv3"):
+        gradient = nnx.grad(lambda layer: 0.05 * jnp.sum(layer.kernel() ** 2))(getattr(low, name))
+        change = 0.05 / 25 * gradient["terms"][0]["u"][...]  # at the first rate of the schedule
+        without, decayed = (getattr(network, name).terms[0].u[...] for network in changes)
+        np.testing.assert_allclose(without - decayed, change, atol=2e-7, rtol=1e-3)
+        assert np.abs(change).max() > 1e-5
+
+
 def test_augmentation_moves_and_mirrors_but_keeps_the_pixels():
     images = jnp.arange(2 * 8 * 8 * 1, dtype=jnp.float32).reshape(2, 8, 8, 1) + 1
     many = jnp.repeat(images[:1], 200, axis=0)
