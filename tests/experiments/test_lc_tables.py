@@ -1,5 +1,8 @@
 """The tables of the LC algorithm: what they measure, how they are summed up, and that finished rows stay."""
 
+import dataclasses
+import json
+
 import lc_cifar
 import lc_lenet300 as table
 import numpy as np
@@ -35,6 +38,38 @@ def test_rows_and_their_summary(lenet):
         assert len(row["history"]) == 1 + table.QUICK_STEPS
     assert own[0]["info"] == [{"kept": 5000}, {"rank": 10}, own[0]["info"][2]]
     assert own[1]["macs_ratio"] > 5
+    assert [row["learning_rate"] for row in own] == [0.05, 0.05]
+
+
+def test_seconds_are_those_of_all_rows(lenet):
+    """Whichever run made them: the fixture's second run makes none."""
+    found = json.loads(lenet[1].read_text())
+    total = sum(row["seconds"] for row in found["rows"] if "history" in row)
+    assert found["seconds"] == pytest.approx(total, abs=2e-3)
+    assert found["checks"]["seconds"] == {
+        "value": pytest.approx(total),
+        "relation": "<=",
+        "target": 10800,
+        "holds": True,
+    }
+
+
+def test_the_recipe_is_the_published_one_but_for_the_length():
+    """`examples/lenet300/lenet300.py` of LC-model-compression."""
+    rates = {"quantize_all": 0.09, "quantize_two": 0.09, "prune": 0.1, "additive": 0.09, "mixed": 0.05}
+    rates |= {"rank_selection": 0.1}
+    assert {name: table.CASES[name].learning_rate for name in rates} == rates
+    assert table.CASES["additive"].tasks == "fc.=joint(prune(0.01)+quantize(2))"
+    schedule = table.schedule_of(table.CASES["prune"], 0, False)
+    assert (schedule.epochs, schedule.first_epochs, schedule.batch_size, schedule.decay) == (7, 14, 256, 0.98)
+
+
+def test_rows_of_another_recipe_are_made_again(lenet, monkeypatch):
+    run, _ = lenet
+    case = dataclasses.replace(table.CASES["mixed"], learning_rate=0.04)
+    monkeypatch.setitem(table.CASES, "mixed", case)
+    monkeypatch.setattr(table, "row_of", None)
+    assert run("--row", "mixed").exit_code == 1
 
 
 def test_finished_rows_are_not_made_again(lenet, monkeypatch):
@@ -60,7 +95,11 @@ def test_means_are_judged_by_the_published_errors():
     assert [(line["name"], line["seeds"]) for line in lines] == [("prune", 3), ("mixed", 1), ("low_rank", 1)]
     assert lines[0]["error"] == pytest.approx(2.2)
     assert lines[0]["std"] == pytest.approx(0.2)
-    assert {name: check["holds"] for name, check in table.checks_of(lines).items()} == {"prune": False, "mixed": True}
+    assert {name: check["holds"] for name, check in table.checks_of(lines).items()} == {
+        "prune": False,
+        "mixed": True,
+        "seconds": True,
+    }
 
 
 def test_forms_of_the_cifar_rows():
