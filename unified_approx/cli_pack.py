@@ -57,10 +57,10 @@ def _read(file: Path, like: str | None) -> tuple[Any, dict[str, Any]]:
     from unified_approx import resolve, storage
 
     header = storage.read_header(file)
-    model = storage.load(file, like=None if like is None else resolve.blank_network(like))
+    model, coded = storage.load_coded(file, like=None if like is None else resolve.blank_network(like))
     known = header["network"]
     network = None if known is None else storage.Network(known["name"], known["options"])
-    return model, {"network": network, "metadata": header.get("metadata")}
+    return model, {"network": network, "metadata": header.get("metadata"), "coded": coded}
 
 
 def stages_table(lines: "Sequence[LayerBits]", size: int) -> Table:

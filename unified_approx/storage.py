@@ -25,16 +25,17 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from unified_approx.coding import Coded, decode
+from unified_approx.coding import Coded
 from unified_approx.description import Network, Tensors, arrays_of, build, describe
 from unified_approx.files import replacing
-from unified_approx.packing import container
+from unified_approx.packing import arrays, container
 from unified_approx.packing.byte_streams import DamagedError, inflate
 from unified_approx.pieces import parameters_of, with_values
 
 FORMAT = 2  # 1 had no coded parameters
 _KEY = "unified_approx"
 _CODED = "coded"  # first part of the names of streams
+_FOREIGN = (KeyError, TypeError, AttributeError, ArithmeticError, IndexError, MemoryError, RecursionError)
 _VERSIONED = ("unified-approx", "jax", "flax", "numpy", "safetensors")
 
 
@@ -74,29 +75,52 @@ def pack(
     *,
     network: Network | str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    coded: Sequence[Coded] = (),
     coder: str = "ans",
 ) -> int:
     """Write a network, compressed in any way or not, in as few bytes as we know how; returns how many.
 
     Every array is entropy-coded in the form that suits it: values of a codebook by their numbers, zeros by the gaps
-    between the others, rising indices by their steps, other values byte by byte. `load` gives the same network, bit
-    for bit.
+    between the others, rising indices by their steps, other values byte by byte. A parameter that is given as a stream
+    of bits too, such as a sum of a low-rank matrix and a sparse one, stays a stream where that is shorter. `load` gives
+    the same network, bit for bit.
 
     Args:
         path: of the file; its folder must exist.
         model: the network.
         network: as for `save`.
         metadata: as for `save`.
+        coded: as for `save`; with an `LcResult`, `model, coded = result.parts()`.
         coder: "ans", or "huffman" as in Deep Compression.
 
     Raises:
         ValueError: NaN, a type that cannot be packed, metadata that JSON cannot say, or an unknown coder.
         FileNotFoundError: no such folder.
     """
-    header = {"format": container.VERSION, **describe(model, network)} | (
-        {} if metadata is None else {"metadata": metadata}
-    )
-    return _write(path, container.dump(header, arrays_of(model), coder))
+    model, streams = _shorter_coded(model, coded, coder)
+    header = {"format": container.VERSION, **describe(model, network)}
+    header |= {} if metadata is None else {"metadata": metadata}
+    header |= {_CODED: [own.entry() for own in streams]} if streams else {}
+    return _write(path, container.dump(header, _tensors(model, streams), coder))
+
+
+def _shorter_coded(model: nnx.Module, coded: Sequence[Coded], coder: str) -> tuple[nnx.Module, list[Coded]]:
+    """The network with what the streams say, and those streams that are shorter than their values, packed likewise."""
+    kept = []
+    for own in coded:
+        values = own.values()
+        if len(arrays.encode(own.stream, coder)) < sum(
+            len(arrays.encode(np.asarray(v), coder)) for v in values.values()
+        ):
+            kept.append(own)
+        else:
+            model = with_values(model, values)
+    return model, kept
+
+
+def _tensors(model: nnx.Module, coded: Sequence[Coded]) -> Tensors:
+    """All arrays of the network by name, and the streams that stand for some of them."""
+    return arrays_of(_without(model, coded)) | {f"{_CODED}.{i}": own.stream for i, own in enumerate(coded)}
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -131,10 +155,8 @@ def serialize(
     coded: Sequence[Coded] = (),
 ) -> bytes:
     """The bytes `save` writes; their number is what a network takes on disk."""
-    raw = arrays_of(_without(model, coded))
-    tensors = {f"{_CODED}.{i}": own.stream for i, own in enumerate(coded)}
-    encodings = {}
-    for name, array in raw.items():
+    tensors, encodings = {}, {}
+    for name, array in _tensors(model, coded).items():
         tensors[name], encoding = _encode(array)
         if encoding is not None:
             encodings[name] = encoding
@@ -265,7 +287,7 @@ def _parse(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> 
     try:
         header = json.loads((metadata or {})[_KEY])
         number = int(header["format"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(foreign) from error
     if number > FORMAT:
         raise ValueError(f"path: {path} has format {number}, this version reads up to {FORMAT}; upgrade unified-approx")
@@ -290,21 +312,71 @@ def load(path: str | os.PathLike[str], like: nnx.Module | None = None, largest: 
         ValueError: a file that is truncated, foreign, corrupted or of a newer format; a network that is not from the
             zoo without `like`; weights that do not fit the network: the first mismatch is named.
     """
+    return load_coded(path, like, largest)[0]
+
+
+def load_coded(
+    path: str | os.PathLike[str], like: nnx.Module | None = None, largest: int = container.LARGEST
+) -> tuple[nnx.Module, tuple[Coded, ...]]:
+    """What `load` gives, and those of its parameters that the file has as streams of bits: to write them again.
+
+    Args:
+        path: as for `load`.
+        like: as for `load`.
+        largest: as for `load`.
+
+    Raises:
+        FileNotFoundError: as for `load`.
+        ValueError: as for `load`.
+    """
     if is_packed(path):
         packed = container.parse(FilePath(path).read_bytes(), largest)
-        return _built(path, packed.header, packed.arrays(), like)
-    header, tensors = _read(path, with_tensors=True)
-    digest = header.pop("sha256")
-    if _checksum(header, tensors) != digest:
-        raise ValueError(f"path: {path} is corrupted (its checksum does not match); get a fresh copy")
-    streams = [tensors.pop(f"{_CODED}.{i}") for i in range(len(header.get("coded", ())))]
-    _check_size(path, header["encodings"], largest)
-    arrays = {name: _decode(array, header["encodings"].get(name)) for name, array in tensors.items()}
-    model = _built(path, header, arrays, like)
-    values = {}
-    for entry, stream in zip(header.get("coded", ()), streams, strict=True):
-        values |= decode(entry, stream)
-    return with_values(model, values) if values else model
+        header, tensors = packed.header, packed.arrays()
+        streams = _streams(path, header, tensors)
+    else:
+        header, tensors = _read(path, with_tensors=True)
+        digest = header.pop("sha256")
+        if _checksum(header, tensors) != digest:
+            raise ValueError(f"path: {path} is corrupted (its checksum does not match); get a fresh copy")
+        streams = _streams(path, header, tensors)
+        _check_size(path, header["encodings"], largest)
+        tensors = {name: _decode(array, header["encodings"].get(name)) for name, array in tensors.items()}
+    return _with_streams(path, _built(path, header, tensors, like), header, streams)
+
+
+def _streams(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Tensors) -> list[np.ndarray]:
+    """Those that the header lists, taken out of the dict."""
+    entries = header.get(_CODED, [])
+    names = [f"{_CODED}.{i}" for i in range(len(entries))] if isinstance(entries, list) else [_CODED]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"path: {path} lists {missing[0]!r} and does not hold it; get a fresh copy")
+    return [tensors.pop(name) for name in names]
+
+
+def _with_streams(
+    path: str | os.PathLike[str], model: nnx.Module, header: Mapping[str, Any], streams: Sequence[np.ndarray]
+) -> tuple[nnx.Module, tuple[Coded, ...]]:
+    """The network with the parameters that the streams stand for; they take the room that its own take.
+
+    Raises:
+        ValueError: streams of parameters that the network does not have, or that cannot be decoded.
+    """
+    if not streams:
+        return model, ()
+    own, coded, values = parameters_of(model), [], {}
+    try:
+        for entry, stream in zip(header[_CODED], streams, strict=True):
+            coded.append(Coded.from_entry(entry, stream))
+            piece = coded[-1].piece
+            for parameter, shape in zip(piece.paths, piece.shapes, strict=True):
+                found = own[parameter].shape if parameter in own else None
+                if found != shape:
+                    raise ValueError(f"{piece.name!r} is of a parameter {parameter} of shape {shape}, there is {found}")
+            values |= coded[-1].values()
+    except (ValueError, *_FOREIGN) as error:
+        raise ValueError(f"path: the streams of {path} cannot be decoded ({error!r}); get a fresh copy") from error
+    return with_values(model, values), tuple(coded)
 
 
 def _built(
@@ -312,7 +384,7 @@ def _built(
 ) -> nnx.Module:
     try:
         return build(path, header, arrays, like)
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except _FOREIGN as error:
         raise ValueError(
             f"path: {path} describes no network that this version can build ({error!r}); get a fresh copy"
         ) from error

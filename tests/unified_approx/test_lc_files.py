@@ -1,6 +1,7 @@
 """What comes after LC: smaller layers, coded files, training of what is stored, reports."""
 
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from solvers.compressions import (
     AdaptiveCodebook,
@@ -24,13 +26,16 @@ from solvers.compressions import (
     binary,
 )
 from solvers.prox import CHANNELS, ROWS
-from unified_approx import datasets, evaluate, storage, zoo
+from unified_approx import cli, datasets, evaluate, storage, zoo
 from unified_approx.coding import decode
 from unified_approx.cost import network_cost
+from unified_approx.description import arrays_of, describe
 from unified_approx.layers import FactoredConv, FactoredLinear
 from unified_approx.learning_compression import Task, finetune_compressed, lc
 from unified_approx.learning_compression.report import form_name, reported
 from unified_approx.learning_compression.result import LcResult
+from unified_approx.packing import container, symbols
+from unified_approx.packing.accounting import bits_by_stage
 from unified_approx.pieces import parameters_of
 from unified_approx.training import Recipe
 
@@ -195,6 +200,81 @@ def test_damaged_streams_are_refused(digits):
         decode(stream.entry(), np.concatenate([stream.stream, np.zeros(3, np.uint8)]))
     with pytest.raises(ValueError, match="is no compression of this version"):
         decode({**stream.entry(), "compression": {"kind": "Newer"}}, stream.stream)
+
+
+SUM = Task(path="conv3", compression=Additive((LowRank(2), PruneL0(600))))
+
+
+@pytest.mark.parametrize("coder", symbols.CODERS)
+def test_sums_without_layers_of_their_own_are_packed_as_their_streams(digits, tmp_path, coder):
+    result = compressed(digits[0], SUM, Task(path="fc", compression=PruneQuantize(0.1, 8)))
+    model, coded = result.parts()
+    plain = storage.pack(tmp_path / "plain.uapk", model, coder=coder)
+    size = storage.pack(tmp_path / "n.uapk", model, coded=coded, coder=coder)
+    assert size < min(plain, 1.02 * result.bits / 8 + 1000)
+    loaded, kept = storage.load_coded(tmp_path / "n.uapk")
+    assert [stream.piece.name for stream in kept] == ["conv3"]  # the codebook of fc packs smaller than its stream
+    for path, value in parameters_of(model).items():
+        np.testing.assert_array_equal(parameters_of(loaded)[path], value)
+    data = (tmp_path / "n.uapk").read_bytes()
+    lines = {line.name: line for line in bits_by_stage(container.parse(data), loaded)}
+    assert lines["conv3"].weights == 9 * 64 * 64 + 64
+    assert lines["conv3"].coded == pytest.approx(8 * coded[0].stream.nbytes + 32 * 64, rel=0.1)
+
+
+def test_the_command_line_packs_and_unpacks_streams(digits, tmp_path):
+    result = compressed(digits[0], SUM)
+    plain, packed, again = (tmp_path / f"n{i}.safetensors" for i in range(3))
+    result.save(plain)
+    for command, source, target in (("pack", plain, packed), ("unpack", packed, again)):
+        done = CliRunner().invoke(cli.app, [command, str(source), "--out", str(target)])
+        assert done.exit_code == 0, done.output
+    assert packed.stat().st_size < plain.stat().st_size
+    for path, value in parameters_of(storage.load(plain)).items():
+        np.testing.assert_array_equal(parameters_of(storage.load(again))[path], value)
+
+
+_HUGE = {"kind": "MatrixShape", "window": [], "c_in": 2**40, "n": 2**40}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", None),
+        ("compression", None),
+        ("compression", 3),
+        ("compression", {"kind": "LowRank", "rank": "a"}),
+        ("compression", {"kind": "Each", "parts": [{"kind": "PruneL0", "kept": 3}], "layers": [_HUGE]}),
+        ("compression", {"kind": "Additive", "parts": 100 * [{"kind": "PruneL0", "kept": 3}]}),
+        ("paths", [["conv9", "kernel"]]),
+        ("paths", [["conv3", "kernel"], ["fc", "kernel"]]),
+        ("shapes", [[2**30, 2**30]]),
+        ("shapes", [[3, 3, 64, 63]]),
+        ("kernels", []),
+        ("matrix", False),
+    ],
+    ids=str,
+)
+def test_hostile_entries_of_streams_are_refused(digits, tmp_path, field, value):
+    model, (stream,) = compressed(digits[0], SUM).parts()
+    entry = {**stream.entry(), field: value}
+    if value is None:
+        del entry[field]
+    header = {**describe(model), "coded": [entry]}
+    file = tmp_path / "n.uapk"
+    file.write_bytes(container.dump(header, {**arrays_of(model), "coded.0": stream.stream}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="path: the streams of .* cannot be decoded"):
+        storage.load(file)
+    assert tracemalloc.get_traced_memory()[1] < 3e7
+    tracemalloc.stop()
+
+
+def test_a_stream_that_is_not_in_the_file_is_named(digits, tmp_path):
+    model, (stream,) = compressed(digits[0], SUM).parts()
+    (tmp_path / "n.uapk").write_bytes(container.dump({**describe(model), "coded": [stream.entry()]}, arrays_of(model)))
+    with pytest.raises(ValueError, match="lists 'coded.0' and does not hold it"):
+        storage.load(tmp_path / "n.uapk")
 
 
 STRUCTURE = {

@@ -12,8 +12,14 @@ from flax import nnx
 from fuzz_packed import damaged, described_in, repacked, with_checksums
 from hypothesis import strategies
 
+from solvers.compressions.bits import position_bits
+from solvers.terms import Codebook
 from unified_approx import load, pack, storage, zoo
+from unified_approx.description import arrays_of as arrays_of_model
+from unified_approx.im2col import Geometry
+from unified_approx.layers import FactoredLinear
 from unified_approx.packing import arrays, container, huffman, symbols
+from unified_approx.packing.accounting import bits_by_stage
 from unified_approx.packing.arrays import DTYPES, ArrayType
 
 RNG = np.random.default_rng(0)
@@ -307,3 +313,38 @@ def test_an_unknown_coder_is_named(tmp_path):
     with pytest.raises(ValueError, match="coder: 'zip' is unknown; choose one of ans, huffman"):
         pack(tmp_path / "a.uapk", zoo.load("digits"), coder="zip")
     assert not list(tmp_path.iterdir())
+
+
+def one_layer(layer):
+    """A network of one layer, and its line."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = layer
+
+    packed = container.parse(container.dump({}, arrays_of_model(Net())))
+    return bits_by_stage(packed, Net())[0]
+
+
+@pytest.mark.parametrize(("low", "width"), [(-4, 3), (0, 2)], ids=["negative", "codes"])
+def test_integers_take_the_width_of_their_span(low, width):
+    array = RNG.integers(low, 4, (100, 100)).astype(np.int32)
+    line = one_layer(nnx.Param(jnp.asarray(array)))
+    assert (line.pruned, line.shared) == (32 * array.size, width * array.size)
+
+
+def test_zeros_of_bfloat16_are_pruned():
+    array = jnp.asarray(pruned(100, 100), jnp.bfloat16)
+    positions = position_bits(np.asarray(array).reshape(-1) != 0)
+    assert one_layer(nnx.Param(array)).pruned == positions + 16 * jnp.count_nonzero(array)
+
+
+def test_zero_codes_of_a_codebook_layer_are_pruned():
+    codes = np.where(RNG.random((64, 200)) < 0.1, RNG.integers(1, 17, (64, 200)), 0)
+    term = Codebook(normal(16), codes.astype(np.int32))
+    line = one_layer(FactoredLinear.from_terms([term], None, Geometry((), 200, 64)))
+    kept = np.count_nonzero(codes)
+    positions = position_bits(codes.reshape(-1) != 0)
+    assert line.pruned == positions + 32 * kept
+    assert line.shared == positions + 4 * kept + 16 * 32
+    assert line.coded < line.shared < line.pruned < line.dense

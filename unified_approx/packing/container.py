@@ -18,7 +18,7 @@ from unified_approx.packing.arrays import ArrayType
 from unified_approx.packing.byte_streams import DamagedError, inflate
 
 MAGIC = b"UAPK"
-VERSION = 1
+VERSION = 2  # 1 had no streams for parameters and no tables of more than 4096 values
 LARGEST = 2**30
 """Bytes of all arrays in memory, unless the caller says otherwise."""
 LONGEST_HEADER = 64 * 2**20
