@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from solvers.compressions import AdaptiveCodebook, Additive, LowRank, OneOf, PruneGroups, PruneL0, RankSelection
 from unified_approx import zoo
+from unified_approx.pieces import parameters_of
 from unified_approx.report import LayerRow
 from unified_approx.results import read_rows
+from unified_approx.sites import path_name
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +119,24 @@ def test_selected_ranks_are_priced_and_leave_first_and_last_layer_alone():
     assert len(tasks) == 18
     for task in tasks:
         assert isinstance(task.compression, OneOf)
-        assert all(isinstance(part, RankSelection) and part.alpha == 1e-9 for part in task.compression.parts)
+        assert all(isinstance(part, RankSelection) for part in task.compression.parts)
         assert task.norm_after
+    kernels = {path_name(path): value for path, value in parameters_of(model).items()}
+    for task in tasks:  # errors are relative to the layer: its price grows with its weights
+        size = float(np.sum(np.asarray(kernels[task.path.replace("\\", "")]) ** 2))
+        assert [part.alpha for part in task.compression.parts] == pytest.approx([1e-9 * size] * 2, rel=1e-5)
+
+
+def test_sparse_and_low_rank_is_compared_with_selected_ranks(tmp_path):
+    row, file = {"drop": 0.4, "macs_ratio": 1.9}, tmp_path / "lc-resnet20-select_rank.json"
+    assert lc_cifar.compared(row, file, False) == {}
+    file.write_text(json.dumps({"rows": [{"drop": 0.5, "macs_ratio": 2.0}]}))
+    assert lc_cifar.compared(row, file, True) == {}
+    checks = lc_cifar.compared(row, file, False)
+    assert {name: own["holds"] for name, own in checks.items()} == {
+        "drop_against_select_rank": True,
+        "macs_ratio_against_select_rank": False,
+    }
 
 
 def test_as_much_of_both_parts_as_a_layer_was_given():
