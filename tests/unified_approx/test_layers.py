@@ -414,3 +414,38 @@ def test_codes_take_a_byte_each_and_are_not_trained():
     layer = FactoredConv.from_terms([Codebook(normal(16), codes)], None, CONV)
     assert layer.terms[0].codes.dtype == jnp.uint8
     assert sum(v.size for v in jax.tree.leaves(nnx.state(layer, nnx.Param))) == 16
+
+
+def test_a_sum_of_many_terms_is_made_and_read_at_once():
+    """Thirty terms of two forms each have 2^30 executions."""
+    terms = [Columns(normal(5, 2), np.asarray([i, i + 7], np.int32)) for i in range(30)]
+    layer = FactoredConv.from_terms(terms, None, CONV)
+    assert len(layer.executions()) == 4
+    mixed = layer.with_execution(f"factored:{'+'.join(['channels', 'patches'] * 15)}")
+    again = FactoredConv.from_spec(mixed.spec(), {n: np.asarray(a) for n, a in mixed.tensors().items()})
+    assert again.execution == mixed.execution
+    x = jnp.asarray(normal(1, 5, 4, 6))
+    np.testing.assert_allclose(again(x), layer.with_execution("merged")(x), atol=1e-4)
+    assert layer.execution_for_training() == "merged"
+    assert layer.factored_macs((5, 4)) == sum(min(t.macs((5, 4), f) for f in t.executions()) for t in layer.terms)
+    with pytest.raises(ValueError, match="this layer offers merged, matmul, factored:channels"):
+        layer.with_execution("factored:channels")
+
+
+def test_the_cheapest_execution_is_that_of_all_that_are_listed():
+    for name, (geometry, spatial) in GEOMETRIES.items():
+        for kind, terms in terms_for(geometry).items():
+            layer: Any = factored_class(geometry).from_terms(terms, None, geometry)
+            factored = [e for e in layer.executions() if e.startswith("factored")]
+            for asked, choice in (("auto", ["merged", *factored]), ("factored", factored or ["merged"])):
+                best = min(choice, key=layer.macs_per_position)
+                assert layer.with_execution(asked).execution == best, (name, kind)
+            least = min((layer.macs(spatial, e) for e in factored), default=layer.macs(spatial, "merged"))
+            assert layer.factored_macs(spatial) == least, (name, kind)
+
+
+def test_values_of_a_codebook_are_in_one_axis():
+    term = Codebook(normal(3), RNG.integers(0, 4, (5, 54)).astype(np.int32))
+    object.__setattr__(term, "values", normal(3, 1))
+    with pytest.raises(ValueError, match=r"values.shape=\(3, 1\): the layer's geometry needs \(3,\)"):
+        FactoredConv.from_terms([term], None, CONV)

@@ -41,7 +41,8 @@ class CodebookTerm(TermLayer):
         cls, term: Codebook, geometry: Geometry, *, dtype: DTypeLike = "float32", execution: str | None = None
     ) -> "CodebookTerm":
         """See `TermLayer.from_term`; codes take as few bytes as their number allows."""
-        shape, k = geometry.matrix_shape, len(term.values)
+        shape, k = geometry.matrix_shape, term.values.size
+        check_shape("values", term.values, (term.values.size,))
         check_shape("codes", term.codes, (shape.n, shape.p))
         if term.codes.size and (term.codes.min() < 0 or term.codes.max() > k):
             raise ValueError(f"codes: from {term.codes.min()} to {term.codes.max()}; {k} values have codes 0 to {k}")

@@ -1,7 +1,8 @@
 """Layers that are a sum of terms: drop-in replacements of `nnx.Conv` and `nnx.Linear`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ AUTO = "auto"
 MERGED = "merged"
 MATMUL = "matmul"
 FACTORED = "factored"
+_MOST_LISTED = 1024  # combinations of the terms' forms
 _COPY = 400  # multiply-adds in the time of one value gathered and its derivative scattered; measured on ResNet-20
 
 
@@ -134,11 +136,45 @@ class Factored(nnx.Module):
         return sum((term.kernel(dtype) for term in self.terms[1:]), start=self.terms[0].kernel(dtype))
 
     def executions(self) -> tuple[str, ...]:
-        """Names `with_execution` takes: merged, matmul (convolutions), and every combination of the terms' forms."""
-        whole = (MERGED, MATMUL) if self.geometry.window else (MERGED,)
-        if not len(self.terms) or (len(self.terms) == 1 and self.terms[0].kind == "dense"):
-            return whole  # factored would be merged under another name
-        return whole + tuple(f"{FACTORED}:{'+'.join(c)}" for c in product(*(t.executions() for t in self.terms)))
+        """Names that `with_execution` takes: merged, matmul (convolutions), and every combination of the terms' forms.
+
+        Of sums of so many terms that the combinations are too many, those in which terms of one kind run alike; the
+        others can be asked for.
+        """
+        forms = [term.executions() for term in self.terms]
+        if prod(map(len, forms)) <= _MOST_LISTED:
+            combinations = product(*forms)
+        else:
+            kinds = {term.kind: term.executions() for term in self.terms}
+            alike = (dict(zip(kinds, chosen, strict=True)) for chosen in product(*kinds.values()))
+            combinations = (tuple(chosen[term.kind] for term in self.terms) for chosen in alike)
+        return (*self._whole(), *(_factored_name(c) for c in combinations)) if self._is_sum() else self._whole()
+
+    def _whole(self) -> tuple[str, ...]:
+        """The executions that form the matrix."""
+        return (MERGED, MATMUL) if self.geometry.window else (MERGED,)
+
+    def _is_sum(self) -> bool:
+        """Whether there is anything to run term by term; a dense term would be merged under another name."""
+        return len(self.terms) > 1 or (len(self.terms) == 1 and self.terms[0].kind != "dense")
+
+    def _offers(self, execution: str) -> bool:
+        """Whether the layer can be run so, listed in `executions` or not."""
+        if execution in self._whole():
+            return True
+        forms = _forms(execution)
+        return (
+            self._is_sum()
+            and execution == _factored_name(forms)
+            and len(forms) == len(self.terms)
+            and all(form in term.executions() for form, term in zip(forms, self.terms, strict=True))
+        )
+
+    def _cheapest(self, cost: Callable[[TermLayer, str], float]) -> str:
+        """The factored execution of the least cost, each term by itself; the merged one of a layer that has none."""
+        if not self._is_sum():
+            return MERGED
+        return _factored_name([min(t.executions(), key=partial(cost, t)) for t in self.terms])
 
     def with_execution(self, execution: str) -> "Factored":
         """The same layer run in another form, sharing the Variables.
@@ -156,16 +192,15 @@ class Factored(nnx.Module):
 
     def _resolve(self, execution: str) -> str:
         """The full name that `execution` stands for; gives the terms their forms."""
-        offered = self.executions()
-        factored = [name for name in offered if name.startswith(FACTORED)]
-        if execution == AUTO:
-            execution = min([MERGED, *factored], key=self.macs_per_position)
-        elif execution == FACTORED:
-            execution = min(factored or [MERGED], key=self.macs_per_position)
-        check_execution(execution, offered)
-        if execution in factored:
-            forms = execution.removeprefix(f"{FACTORED}:").split("+")
-            self.terms = nnx.List(t.with_execution(form) for t, form in zip(self.terms, forms, strict=True))
+        if execution in (AUTO, FACTORED):
+            factored = self._cheapest(lambda term, form: term.macs_per_position(form))
+            choice = [MERGED, factored] if execution == AUTO else [factored]
+            execution = min(choice, key=self.macs_per_position)
+        if not self._offers(execution):
+            check_execution(execution, self.executions())
+        if execution not in self._whole():
+            pairs = zip(self.terms, _forms(execution), strict=True)
+            self.terms = nnx.List(term.with_execution(form) for term, form in pairs)
         return execution
 
     def macs(self, spatial: Sequence[int], execution: str | None = None) -> int:
@@ -175,13 +210,12 @@ class Factored(nnx.Module):
             return 0
         if name in (MERGED, MATMUL):
             return prod(output_shape(spatial, self.geometry)) * self.geometry.matrix_shape.p * self.geometry.c_out
-        forms = name.removeprefix(f"{FACTORED}:").split("+")
+        forms = _forms(name)
         return sum(t.macs(spatial, form) for t, form in zip(self.terms, forms, strict=True))
 
     def factored_macs(self, spatial: Sequence[int]) -> int:
         """Multiply-adds for one image in the factored form that has the fewest; of a dense term in the merged form."""
-        names = [name for name in self.executions() if name.startswith(FACTORED)]
-        return min((self.macs(spatial, name) for name in names), default=self.macs(spatial))
+        return self.macs(spatial, self._cheapest(lambda term, form: term.macs(spatial, form)))
 
     def macs_per_position(self, execution: str | None = None) -> float:
         """Multiply-adds per output position of a large image."""
@@ -190,17 +224,18 @@ class Factored(nnx.Module):
             return 0.0
         if name in (MERGED, MATMUL):
             return float(self.geometry.matrix_shape.p * self.geometry.c_out)
-        forms = name.removeprefix(f"{FACTORED}:").split("+")
+        forms = _forms(name)
         return sum(t.macs_per_position(form) for t, form in zip(self.terms, forms, strict=True))
 
     def execution_for_training(self) -> str:
         """The form of fewest multiply-adds, where a value gathered counts as many; not the product of patches."""
-        return min((name for name in self.executions() if name != MATMUL), key=self._training_cost)
+        factored = self._cheapest(lambda term, form: term.macs_per_position(form) + _COPY * term.copies(form))
+        return min([MERGED, factored], key=self._training_cost)
 
     def _training_cost(self, execution: str) -> float:
         if execution == MERGED:
             return self.macs_per_position(execution)
-        forms = execution.removeprefix(f"{FACTORED}:").split("+")
+        forms = _forms(execution)
         copies = sum(term.copies(form) for term, form in zip(self.terms, forms, strict=True))
         return self.macs_per_position(execution) + _COPY * copies
 
@@ -254,6 +289,15 @@ class FactoredLinear(Factored):
     """A dense layer as a sum of terms; see `Factored`."""
 
     dense = True
+
+
+def _factored_name(forms: Sequence[str]) -> str:
+    return f"{FACTORED}:{'+'.join(forms)}"
+
+
+def _forms(execution: str) -> list[str]:
+    """Of the terms, in their order."""
+    return execution.removeprefix(f"{FACTORED}:").split("+")
 
 
 def factored_class(geometry: Geometry) -> type[Factored]:
