@@ -207,7 +207,10 @@ def _check_home(model: nnx.Module, home: Path, new: nnx.Module) -> None:
 
 
 def _fill(model: nnx.Module, arrays: Tensors, done: list[Path]) -> None:
-    """Set every Variable outside `done` to the array of its name; paths and shapes must agree exactly."""
+    """Set every Variable outside `done` to the array of its name; paths and shapes must agree exactly.
+
+    So must types, but that a network may be stored in another floating-point type.
+    """
     want = _plain_state(model, done)
     for path, leaf in want.items():
         name = path_name(path)
@@ -217,6 +220,12 @@ def _fill(model: nnx.Module, arrays: Tensors, done: list[Path]) -> None:
             raise ValueError(
                 f"like: the weights do not fit the network: {name!r} is {arrays[name].shape} in the file, "
                 f"{tuple(leaf.shape)} in the network"
+            )
+        both_float = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (arrays[name], leaf))
+        if not both_float and arrays[name].dtype != leaf.dtype:
+            raise ValueError(
+                f"like: the weights do not fit the network: {name!r} is {arrays[name].dtype} in the file, "
+                f"{leaf.dtype} in the network"
             )
     left = set(arrays) - {path_name(path) for path in want}
     if left:

@@ -231,6 +231,15 @@ def test_unfit_networks_are_refused_by_name(saved, tmp_path):
     save(tmp_path / "dense", filled())
     with pytest.raises(ValueError, match=r"'.*' is \(.*\) in the file, \(.*\) in the network"):
         load(tmp_path / "dense", like=abstract(8))
+    wrong = filled()
+    wrong.conv.bias = nnx.Param(jnp.zeros(6, jnp.int8))
+    save(tmp_path / "integers", wrong)
+    with pytest.raises(ValueError, match="'conv/bias' is int8 in the file, float32 in the network"):
+        load(tmp_path / "integers", like=abstract())
+    half = filled()
+    half.conv.bias = nnx.Param(jnp.zeros(6, jnp.float16))
+    save(tmp_path / "half", half)
+    assert load(tmp_path / "half", like=abstract()).conv.bias.dtype == jnp.float16
     bare = abstract()
     bare.conv = nnx.eval_shape(lambda: nnx.Conv(3, 6, (3, 3), use_bias=False, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="no place for 'conv/bias'"):
