@@ -246,11 +246,17 @@ def _vb_values(
 ) -> Float64[np.ndarray, "..."]:
     """Shrunk singular values, 0 below the threshold (Theorem 2)."""
     total, gap = sizes.rows + sizes.columns, sizes.columns - sizes.rows
-    half = 0.5 * (total + noise / prior**2)
-    threshold = noise * (half + np.sqrt(half**2 - sizes.rows * sizes.columns))
+    extra = np.asarray(noise / prior**2)
+    threshold = 0.5 * noise * (total + extra + _discriminant(sizes, extra))
     root = np.sqrt(gap**2 + 4 * singular**2 / prior**2)
     shrunk = singular - noise / (2 * singular) * (total + root)
     return np.where(singular**2 > threshold, shrunk, 0.0)
+
+
+def _discriminant(sizes: _Sizes, extra: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """sqrt((L + M + extra)^2 - 4 L M), without cancellation."""
+    gap, total = sizes.columns - sizes.rows, sizes.columns + sizes.rows
+    return np.asarray(np.sqrt(gap**2 + 2 * total * extra + extra**2))
 
 
 def _vb_energy(sizes: _Sizes, noises: Float64[np.ndarray, " trials"], prior: float) -> Float64[np.ndarray, " trials"]:
@@ -259,9 +265,11 @@ def _vb_energy(sizes: _Sizes, noises: Float64[np.ndarray, " trials"], prior: flo
     values = _vb_values(singular, sizes, noise, prior)
     rows, columns = sizes.rows, sizes.columns
     # Posterior variances, ca = cb. Zero mean: the product z of both solves (s2 - L z)(s2 - M z) = z s2^2 / (ca cb)^2.
-    total = rows + columns + noise / prior**2
-    product = noise / (2 * rows * columns) * (total - np.sqrt(total**2 - 4 * rows * columns))
-    zero_column = prior * (1 - rows * product / noise)
+    # Of its roots the smaller, as 4 L M / (total + root): for narrow priors the difference of the two would be 0.
+    extra = noise / prior**2
+    both = rows + columns + extra + _discriminant(sizes, extra)
+    product = 2 * noise / both
+    zero_column = prior * (both - 2 * rows) / both
     on = values > 0
     ratio = _balance(singular, values, rows, noise, prior)
     column = np.where(on, ratio * noise / singular, zero_column)

@@ -41,7 +41,9 @@ class RankRule(Protocol):
 
 
 def settle(choice: RankChoice, problem: RankProblem, round_to: int = 1) -> RankChoice:
-    """The choice, unless the layer would not become smaller: then it stays as it is, and the note says why.
+    """The choice, unless the layer would not become smaller, or need more multiply-adds: then it stays as it is.
+
+    The note says why. Of a convolution with strides, the factors before the window run at every input position.
 
     Args:
         choice: of a rule.
@@ -57,6 +59,10 @@ def settle(choice: RankChoice, problem: RankProblem, round_to: int = 1) -> RankC
     now, then = problem.current_cost("params"), problem.cost(ranks, "params")
     if then >= now:
         why = f"ranks {ranks} would store {then:,.0f} values in place of {now:,.0f}"
+        return RankChoice(None, _joined(choice.note, why))
+    now, then = problem.current_cost("macs"), problem.cost(ranks, "macs")
+    if then > now:
+        why = f"ranks {ranks} would need {then:,.0f} multiply-adds in place of {now:,.0f}"
         return RankChoice(None, _joined(choice.note, why))
     return RankChoice(ranks, choice.note)
 

@@ -79,7 +79,8 @@ class Vbmf(_Bayes):
     """Variational Bayes with a fixed prior (`solvers.vbmf.vbmf`): a wide prior keeps nearly everything.
 
     Attributes:
-        prior: the product ca cb, in units of the mean square of the weights.
+        prior: the product ca cb, in units of the root mean square of the weights: the ranks do not depend on
+            their scale.
     """
 
     prior: float = 1.0
@@ -90,5 +91,5 @@ class Vbmf(_Bayes):
             raise ValueError(f"prior: {self.prior!r} is not a positive number")
 
     def _analyse(self, matrix: np.ndarray) -> Posterior:
-        scale = float(np.mean(matrix**2))
+        scale = float(np.sqrt(np.mean(matrix**2)))
         return vbmf(matrix, self.prior * (scale or 1.0), self.noise)

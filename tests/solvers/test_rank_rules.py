@@ -108,6 +108,14 @@ def test_a_wider_prior_keeps_more():
     assert found[0] < found[-1]
 
 
+@pytest.mark.parametrize("rule", [Vbmf(weakening=1.0, least=1), Evbmf(weakening=1.0, least=1)])
+def test_the_scale_of_the_weights_does_not_matter(rule):
+    choices = [rule.choose(problem(w=scale * planted(noise=0.3))) for scale in (1.0, 0.1, 0.001)]
+    assert choices[0].ranks is not None
+    assert choices[0].ranks[0] < N
+    assert choices == 3 * choices[:1]
+
+
 def test_rank_0_and_full_rank_are_said():
     """musco-pytorch takes rank 0 for full rank, and then builds a larger layer."""
     noise = np.random.default_rng(3).normal(size=(N, P))
@@ -133,6 +141,19 @@ def test_a_layer_that_would_grow_stays():
     assert settle(RankChoice((7,)), problem("low_rank"), round_to=4).ranks == (4,)
     assert settle(RankChoice((3,)), problem("low_rank"), round_to=4).ranks == (3,)
     assert settle(RankChoice(None, "why"), problem()) == RankChoice(None, "why")
+
+
+@pytest.mark.parametrize("form", ["tucker2", "cp3", "cp4"])
+def test_a_layer_with_strides_does_not_grow_in_multiply_adds(form):
+    given, refused = problem(form), 0
+    for ranks in all_ranks(form):
+        choice = settle(RankChoice(ranks), given)
+        grows = given.cost(ranks, "macs") > given.dense_cost("macs")
+        if grows and given.cost(ranks, "params") < given.dense_cost("params") and ranks != given.largest:
+            refused += 1
+            assert "multiply-adds in place of 20,160" in choice.note
+        assert choice.ranks is None or not grows
+    assert refused
 
 
 @pytest.mark.parametrize("form", FACTORED)

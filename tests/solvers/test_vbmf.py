@@ -174,3 +174,12 @@ def test_no_noise_and_nothing_at_all():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.ones((3, 5)))
+
+
+@pytest.mark.parametrize("prior", [1e-3, 1e-5, 1e-8])
+def test_a_narrow_prior_leaves_the_energy_of_noise_alone(prior):
+    y, noise = np.random.default_rng(0).normal(size=(12, 20)), 0.25
+    alone = 0.5 * (y.size * np.log(2 * np.pi * noise) + np.sum(y**2) / noise)
+    found = vbmf(y, prior, noise)
+    assert found.rank == 0
+    np.testing.assert_allclose(found.free_energy, alone, rtol=1e4 * prior**2 + 1e-13)
