@@ -51,7 +51,11 @@ def lc(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per update.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Of the first L step.")] = 0.05,
-    decay: Annotated[float, typer.Option(help="Factor on the learning rate from L step to L step.")] = 0.98,
+    decay: Annotated[
+        float, typer.Option(help="Factor on the learning rate from L step to L step; from epoch to epoch if --restart.")
+    ] = 0.98,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin every L step with --learning-rate again.")] = False,
+    momentum: Annotated[float, typer.Option(help="Of Nesterov's SGD.")] = 0.9,
     augment: Annotated[bool, typer.Option("--augment", help="Crop and mirror training images at random.")] = False,
     measured: Annotated[
         int | None, typer.Option(help="Training images that the loss is watched on.  [default: all]")
@@ -60,6 +64,9 @@ def lc(
         bool, typer.Option("--normalize", help="For select_rank: errors relative to each layer's weights.")
     ] = False,
     finetune: Annotated[int, typer.Option(help="Epochs of fine-tuning afterwards.")] = 0,
+    finetune_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of fine-tuning.  [default: --learning-rate / 10]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the images.")] = 0,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Folder from which a killed run goes on.")] = None,
     out: Annotated[Path | None, typer.Option(help="Save the compressed network here (safetensors).")] = None,
@@ -72,6 +79,8 @@ def lc(
         check_outputs(out=out, json=json_file)
         if finetune < 0:
             raise ValueError(f"--finetune: {finetune} epochs; give at least 0")
+        if finetune_rate is not None and not finetune_rate > 0:
+            raise ValueError(f"--finetune-rate: {finetune_rate:g}; give a positive number")
         from unified_approx import learning_compression as algorithm
         from unified_approx import resolve
         from unified_approx.evaluate import accuracy
@@ -79,7 +88,8 @@ def lc(
         asked = algorithm.parse_tasks(tasks)
         mus = algorithm.exponential(mu, mu_factor, steps, repeat)
         lengths = {"epochs": epochs, "first_epochs": first_epochs, "batch_size": batch_size, "seed": seed}
-        schedule = algorithm.Schedule(**lengths, learning_rate=learning_rate, decay=decay)
+        rates = {"learning_rate": learning_rate, "decay": decay, "restart": restart, "momentum": momentum}
+        schedule = algorithm.Schedule(**lengths, **rates)
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
         known = algorithm.informed(asked, model, images.x_train[:2], normalize=normalize)
@@ -92,9 +102,11 @@ def lc(
             result = algorithm.lc(model, known, l_step, mus, **run, progress=lambda line: _show_step(screen, line, mus))
         except algorithm.LcStoppedError as error:
             result, stopped = error.result, error
-        if finetune and stopped is None:
-            result = _tuned(result, images, finetune, batch_size, learning_rate / 10, augment, seed)
-        row = _finish(network, model, result, images, reference, tasks, finetune, out, screen)
+        tuning = finetune if stopped is None else 0
+        if tuning:
+            rate = learning_rate / 10 if finetune_rate is None else finetune_rate
+            result = _tuned(result, images, tuning, batch_size, rate, augment, seed)
+        row = _finish(network, model, result, images, reference, tasks, tuning, out, screen)
         if json_file is not None:
             _write(command, json_file, row, start, seed, result)
         if stopped is not None:

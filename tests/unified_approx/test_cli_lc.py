@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from unified_approx import cli, datasets, evaluate, storage, zoo
+from unified_approx import cli, datasets, evaluate, learning_compression, storage, zoo
 
 TASKS = "conv[23]=low_rank(6,scheme=auto),fc=prune(0.1)+quantize(2)"
 QUICK = ["--mu", "0.01", "--mu-factor", "1.8", "--steps", "3", "--epochs", "1", "--batch-size", "64"]
@@ -66,13 +66,38 @@ def test_a_run_goes_on_from_its_checkpoints_only(compressed):
 
 
 def test_a_diverged_run_writes_the_best_until_then(tmp_path):
-    out = tmp_path / "n.safetensors"
+    out, json_file = tmp_path / "n.safetensors", tmp_path / "row.json"
     rate = ["--learning-rate", "1e30", "--mu", "1e-38", "--steps", "1", "--epochs", "1"]
-    result = run("lc", "digits", "--tasks", "fc=prune(0.5)", *rate, "--out", out)
+    result = run("lc", "digits", "--tasks", "fc=prune(0.5)", *rate, "--out", out, "--json", json_file, "--finetune", 2)
     assert result.exit_code == 1
     assert "l_step: step 1" in result.stderr
     assert "lower the learning rate" in result.stderr
     assert zoo.create("digits").fc.kernel.shape == storage.load(out).fc.kernel.shape
+    assert json.loads(json_file.read_text())["rows"][0]["finetune_epochs"] == 0
+
+
+def test_what_is_said_of_the_rates_arrives(monkeypatch, tmp_path):
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def stop(result, x, y, recipe):
+        seen.append(recipe)
+        raise Seen
+
+    def l_step(x, y, schedule, **more):
+        seen.append(schedule)
+        return lambda model, penalty, step: model
+
+    monkeypatch.setattr(learning_compression, "SgdLStep", l_step)
+    monkeypatch.setattr(learning_compression, "finetune_compressed", stop)
+    rates = ["--restart", "--momentum", 0.5, "--decay", 0.9, "--finetune", 1, "--finetune-rate", 0.003]
+    result = run("lc", "digits", "--tasks", "fc=prune(0.5)", "--steps", 1, *rates, "--debug")
+    assert isinstance(result.exception, Seen)
+    schedule, recipe = seen
+    assert (schedule.restart, schedule.momentum, schedule.decay) == (True, 0.5, 0.9)
+    assert (recipe.epochs, recipe.learning_rate) == (1, 0.003)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +108,8 @@ def test_a_diverged_run_writes_the_best_until_then(tmp_path):
         (["--tasks", "fc=prune(3)", "--mu-factor", "0.5"], "factor >= 1"),
         (["--tasks", "fc=prune(3)", "--epochs", "0"], "epochs: 0"),
         (["--tasks", "fc=prune(3)", "--finetune", "-1"], "--finetune: -1"),
+        (["--tasks", "fc=prune(3)", "--finetune-rate", "0"], "--finetune-rate: 0"),
+        (["--tasks", "fc=prune(3)", "--momentum", "1"], "momentum: 1.0"),
         (["--tasks", "fc=low_rank(99)"], "tasks: fc: rank: 99"),
         (["--tasks", "fc=prune(3)", "--out", "."], "--out: . is a folder"),
     ],
