@@ -376,6 +376,10 @@ BAD = [
     ({"y": None, "curvature": "hessian"}, "y: None"),
     ({"structure": "kronecker", "curvature": "none"}, "structure: 'kronecker' with"),
     ({"call": lambda model, x: (model(x), model(x))}, "call: the network must give one array"),
+    ({"y": None, "x": np.zeros((0, 6), np.float32)}, "x: no examples"),
+    ({"y": None, "call": lambda model, x: (model(x), model(x))}, "call: the network must give one array"),
+    ({"y": None, "call": lambda model, x: model(x).argmax(axis=1, keepdims=True)}, "call: the network gives int32"),
+    ({"call": lambda model, x: model(x).argmax(axis=1, keepdims=True)}, "floating-point outputs, before any argmax"),
     ({"call": lambda model, x: model(x) * jnp.nan}, "its loss on these examples is nan"),
 ]
 

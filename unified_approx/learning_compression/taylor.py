@@ -117,7 +117,8 @@ def taylor_of(
     own = _evaluating(model)
     _check_options(curvature, structure, loss, samples, batch_size, y is not None)
     examples = np.asarray(x)
-    targets = None if y is None else _targets(y, loss, _count_outputs(own, examples, call), len(examples))
+    outputs = _count_outputs(own, examples, call)
+    targets = None if y is None else _targets(y, loss, outputs, len(examples))
     batch = min(batch_size, len(examples))
     if curvature == HESSIAN:
         passes, h = curvatures.NONE, _split(own, jnp.diag(hessian(own, examples, targets, loss=loss, call=call)))
@@ -174,6 +175,8 @@ def _count_outputs(model: nnx.Module, x: np.ndarray, call: Call) -> int:
         raise ValueError(
             "call: the network must give one array (examples, ...); pick it out with call=lambda model, x: ..."
         )
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise ValueError(f"call: the network gives {z.dtype}; give its floating-point outputs, before any argmax")
     return prod(z.shape[1:])
 
 
