@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from solvers.compressions.base import Compression, Theta, is_smaller, objective
+from solvers.compressions.base import Compression, Theta, contest, is_smaller
 from solvers.compressions.bits import Bits, Reader
+from solvers.compressions.checks import check_count
 from solvers.terms import MatrixShape, Term
 
 _RTOL = 1e-6  # a round that lowers the objective by less is the last
@@ -34,8 +35,7 @@ class Additive(Compression):
     def __post_init__(self) -> None:
         if len(self.parts) < 2:
             raise ValueError(f"parts: {len(self.parts)}; give at least two, or use the one by itself")
-        if self.rounds < 1:
-            raise ValueError(f"rounds: {self.rounds}; give at least 1")
+        check_count("rounds", self.rounds)
 
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`."""
@@ -54,9 +54,9 @@ class Additive(Compression):
         def body(state: tuple) -> tuple:
             thetas, value, _, rounds = state
             new = self._round(target, mu, thetas)
-            return new, objective(self, new, target, mu), value, rounds + 1
+            return new, contest(self, new, target, mu), value, rounds + 1
 
-        value = objective(self, first, target, mu)
+        value = contest(self, first, target, mu)
         state = first, value, jnp.full_like(value, jnp.inf), jnp.ones((), jnp.int32)
         return lax.while_loop(goes_on, body, state)[0]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from solvers.compressions.bits import FLOAT_BITS, Bits, Reader
+from solvers.compressions.checks import FLOAT16_LARGEST
 from solvers.terms import MatrixShape, Term
 
 Theta = Any
@@ -95,11 +96,23 @@ def objective(
     return compression.penalty(theta) + jnp.asarray(mu, gap.dtype) / 2 * jnp.sum(gap * gap)
 
 
+def contest(
+    compression: Compression, theta: Theta, target: Float[Array, "..."], mu: Float[ArrayLike, ""]
+) -> Float[Array, ""]:
+    """What candidates are compared by: the objective, and at mu = 0 the penalty plus half the squared distance.
+
+    At mu = 0 the objective of every constraint is 0 and tells nothing; direct compression wants the nearest.
+    """
+    return objective(compression, theta, target, jnp.where(jnp.asarray(mu) > 0, mu, 1))
+
+
 def is_smaller(terms: tuple[Term, ...], shape: MatrixShape) -> bool:
     """Whether the terms hold fewer values than the dense matrix."""
     return sum(term.num_params for term in terms) < shape.n * shape.p
 
 
 def rounded(values: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """The values as they are when stored in that many bits."""
-    return values.astype(jnp.float16).astype(values.dtype) if bits == 16 else values
+    """The values as they are when stored in that many bits: the nearest of those, which are finite."""
+    if bits != 16:
+        return values
+    return jnp.clip(values, -FLOAT16_LARGEST, FLOAT16_LARGEST).astype(jnp.float16).astype(values.dtype)

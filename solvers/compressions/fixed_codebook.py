@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from solvers.compressions.base import Compression
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits
+from solvers.compressions.checks import check_count, check_exponents, check_numbers
 from solvers.compressions.quantization import nearest
 
 
@@ -22,6 +23,7 @@ class FixedCodebook(Compression):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_numbers("values", self.values)
         if len(self.values) < 2 or list(self.values) != sorted(set(self.values)):
             raise ValueError(f"values: {self.values} are not at least two increasing numbers")
 
@@ -56,7 +58,9 @@ def binary() -> FixedCodebook:
 
 def fixed_point(bits: int, fraction: int) -> FixedCodebook:
     """Signed numbers of `bits` bits, `fraction` of them behind the point: multiples of 2^-fraction."""
-    if not 1 <= bits <= 16:
+    check_count("bits", bits)
+    check_exponents(fraction=fraction)
+    if bits > 16:
         raise ValueError(f"bits: {bits!r}; give 1 to 16")
     half = 2 ** (bits - 1)
     return FixedCodebook(tuple(i * 2.0**-fraction for i in range(-half, half)))
@@ -64,6 +68,7 @@ def fixed_point(bits: int, fraction: int) -> FixedCodebook:
 
 def powers_of_two(largest: int, smallest: int) -> FixedCodebook:
     """0 and +-2^i for the exponents between `smallest` and `largest`."""
+    check_exponents(largest=largest, smallest=smallest)
     if smallest > largest:
         raise ValueError(f"smallest, largest: {smallest} > {largest}; give the exponents in order")
     sizes = [2.0**i for i in range(smallest, largest + 1)]

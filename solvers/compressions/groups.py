@@ -9,19 +9,22 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from solvers.compressions.base import FLOAT_BITS, Compression, is_smaller
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits, write_floats
-from solvers.compressions.checks import check_amount, check_weight, count_of
+from solvers.compressions.checks import check_amount, check_count, check_matrix, check_weight, count_of
 from solvers.prox import CHANNELS, COLUMNS, ROWS, Grouping, channels, group_soft_threshold, project_groups
 from solvers.terms import Columns, MatrixShape, Term
 
 Matrix = Float[Array, "n p"]
 
 
-def _within(grouping: Grouping, layers: tuple[MatrixShape, ...]) -> Grouping:
-    """The grouping with the number of input channels that only the layer knows."""
+def _within(grouping: Grouping, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Grouping:
+    """The grouping with the number of input channels that only the layer knows.
+
+    Raises:
+        ValueError: weights that are no matrix of one layer.
+    """
+    check_matrix(f"pruning of {grouping.name}", target, layers)
     if grouping != CHANNELS:
         return grouping
-    if len(layers) != 1:
-        raise ValueError(f"grouping: channels of {len(layers)} layers in one vector; compress them one by one")
     return channels(layers[0].c_in)
 
 
@@ -90,7 +93,7 @@ class PruneGroups(_Grouped):
 
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`."""
-        grouping = _within(self.grouping, layers)
+        grouping = _within(self.grouping, target, layers)
         kappa = count_of("kappa", self.kappa, grouping.count(target.shape), grouping.name)
         return replace(self, kappa=kappa, grouping=grouping)
 
@@ -118,7 +121,7 @@ class PenaltyGroups(_Grouped):
 
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`."""
-        grouping = _within(self.grouping, layers)
+        grouping = _within(self.grouping, target, layers)
         grouping.count(target.shape)
         return replace(self, grouping=grouping)
 
@@ -147,7 +150,9 @@ class PruneNofM(Compression):
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n <= self.m:
+        for name in ("n", "m"):
+            check_count(name, getattr(self, name))
+        if self.n > self.m:
             raise ValueError(f"n, m: {self.n} of {self.m}; give 0 < n <= m, for example 2 of 4")
 
     def compress(

@@ -9,6 +9,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from solvers.compressions.base import Compression, rounded
 from solvers.compressions.bits import Bits, Reader, write_floats
+from solvers.compressions.checks import check_fits
+from solvers.terms import MatrixShape
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class Half(Compression):
 
     word: ClassVar = "half"
     value_bits: ClassVar[int] = 16
+
+    def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
+        """See `Compression.bind`; refuses weights that float16 has no numbers for."""
+        check_fits(self.value_bits, target)
+        return super().bind(target, layers)
 
     def compress(
         self, target: Float[Array, "..."], mu: Float[ArrayLike, ""], start: Float[Array, "..."] | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from solvers import terms as stored
 from solvers.compressions.base import FLOAT_BITS, Compression, is_smaller, rounded
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits, write_floats
-from solvers.compressions.checks import check_float_format, check_weight
+from solvers.compressions.checks import check_fits, check_float_format, check_matrix, check_weight
 from solvers.compressions.reshaping import Reshaping, check_scheme
 from solvers.terms import MatrixShape, Term
 
@@ -44,10 +44,8 @@ class FactoredForm(Compression):
 
     def bind(self, target: Float[Array, "..."], layers: tuple[MatrixShape, ...]) -> Compression:
         """See `Compression.bind`."""
-        if target.ndim != 2 or len(layers) != 1:
-            raise ValueError(
-                f"low rank needs one matrix, not a vector of {len(layers)} layers; give view='matrix', or Each"
-            )
+        check_matrix("low rank", target, layers)
+        check_fits(self.value_bits, target)
         bound = replace(self, window=layers[0].window)  # pyright: ignore[reportArgumentType]
         return Compression.bind(bound, target, layers)
 

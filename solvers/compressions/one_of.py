@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from solvers.compressions.base import Compression, Theta, objective
+from solvers.compressions.base import Compression, Theta, contest
 from solvers.compressions.bits import Bits, Reader, width_of, write_bits
 from solvers.terms import MatrixShape, Term
 
@@ -27,6 +27,8 @@ class Choice(NamedTuple):
 @dataclass(frozen=True)
 class OneOf(Compression):
     """The form of lowest penalty + mu/2 ||gap||^2, of equals the first: exact if all of them are.
+
+    At mu = 0, where constraints are all equal, the distance counts as at mu = 1.
 
     Attributes:
         parts: the forms.
@@ -48,7 +50,7 @@ class OneOf(Compression):
         before = [None] * len(self.parts) if start is None else start.thetas
         pairs = zip(self.parts, before, strict=True)
         thetas = tuple(part.compress(target, mu, theta) for part, theta in pairs)
-        values = [objective(part, theta, target, mu) for part, theta in zip(self.parts, thetas, strict=True)]
+        values = [contest(part, theta, target, mu) for part, theta in zip(self.parts, thetas, strict=True)]
         return Choice(jnp.argmin(jnp.stack(values)).astype(jnp.int32), thetas)
 
     def decompress(self, theta: Choice) -> Float[Array, "..."]:

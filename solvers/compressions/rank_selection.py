@@ -48,6 +48,8 @@ class RankSelection(FactoredForm):
         check_weight("alpha", self.alpha)
         if isinstance(self.cost, str) and self.cost != MACS:
             raise ValueError(f"cost: {self.cost!r} is unknown; give numbers, or {MACS!r}")
+        if isinstance(self.cost, tuple) and len(self.cost) != 2:
+            raise ValueError(f"cost: {self.cost!r} are {len(self.cost)} numbers; give one, or two for (u, v)")
         for cost in () if isinstance(self.cost, str) else self._costs:
             check_weight("cost", cost)
 

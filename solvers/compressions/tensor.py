@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 from solvers import tensor, tensor_terms
 from solvers.compressions.base import FLOAT_BITS, Compression, Theta, is_smaller
 from solvers.compressions.bits import Bits, Reader, write_floats
+from solvers.compressions.checks import check_count, is_whole
 from solvers.tensor import CpOptions, Factors
 from solvers.terms import MatrixShape, Term
 
@@ -95,8 +96,9 @@ class Tucker2(_TensorForm):
     window: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.ranks) != 2 or min(self.ranks) < 1:
-            raise ValueError(f"ranks: {self.ranks}; give (outputs, inputs), each at least 1")
+        if len(self.ranks) != 2 or not all(is_whole(rank) and rank >= 1 for rank in self.ranks):
+            raise ValueError(f"ranks: {self.ranks}; give whole numbers (outputs, inputs), each at least 1")
+        check_count("sweeps", self.sweeps)
 
     def compress(
         self, target: Float[Array, "n p"], mu: Float[ArrayLike, ""], start: TuckerFactors | None = None

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -17,6 +19,7 @@ from solvers.compressions import (
     Compression,
     Cp,
     Each,
+    FixedCodebook,
     Half,
     LowRank,
     OneOf,
@@ -50,6 +53,7 @@ from solvers.prox import CHANNELS, COLUMNS, ROWS
 from solvers.terms import MatrixShape, total_matrix
 
 LAYER = MatrixShape((2, 3), 3, 6)  # a (6, 18) matrix
+BIAS = MatrixShape((), 6, 1)
 # Those whose C step is the exact minimiser.
 EXACT = {
     "l0": PruneL0(30),
@@ -243,6 +247,35 @@ def test_penalties_keep_nothing_at_mu_zero(form):
     assert not form.compress(weights(), 0.0).any()
 
 
+@pytest.mark.parametrize("form", [PenaltyL0(0.0), PenaltyL1(0.0), PenaltyGroups(0.0), PenaltyNuclear(0.0)])
+@pytest.mark.parametrize("mu", [0.0, MU])
+def test_penalties_of_no_price_keep_everything(form, mu):
+    w = weights()
+    np.testing.assert_allclose(form.decompress(form.compress(w, mu)), w, atol=1e-5)
+
+
+def test_a_sum_is_compressed_directly_as_well_as_later():
+    """At mu = 0 constraints cost nothing, but the rounds go on as long as the distance falls."""
+    w, form = weights(), bound("quantization + pruning")[0]
+    gaps = [float(jnp.sum((w - form.decompress(form.compress(w, mu))) ** 2)) for mu in (0.0, MU)]
+    assert gaps[0] == pytest.approx(gaps[1])
+    few = Additive(form.parts, 2)
+    assert gaps[0] < 0.999 * float(jnp.sum((w - few.decompress(few.compress(w, 0.0))) ** 2))
+
+
+def test_the_nearest_of_several_forms_is_chosen_directly():
+    w = weights()
+    for parts in ((PruneL0(3), PruneL0(60)), (PruneL0(60), PruneL0(3))):
+        form = OneOf(parts)
+        assert int(jnp.count_nonzero(form.decompress(form.compress(w, 0.0)))) == 60
+
+
+def test_what_is_too_large_for_float16_becomes_its_largest_number():
+    """Weights that grow after the first step: an infinity would spoil the run."""
+    found = Half().compress(jnp.asarray([1e6, -1e6, 1.0], jnp.float32), MU)
+    np.testing.assert_array_equal(found, [65504, -65504, 1])
+
+
 @pytest.mark.parametrize(("v", "kappa", "norm"), [([3, 1], 2, 2), ([5, 4, 3, 2, 1], 4, 4), ([0.5, -0.2], 2, 0.7)])
 def test_the_l1_ball_is_met_exactly(v, kappa, norm):
     found = PruneL1(float(kappa)).compress(jnp.asarray(v, jnp.float32), MU)
@@ -258,6 +291,17 @@ def test_l1_projection_to_six_digits():
         shrunk = (jnp.abs(v) - jnp.abs(found))[found != 0]
         assert float(jnp.ptp(shrunk)) < 1e-9
         assert float(jnp.max(jnp.abs(v[found == 0]))) <= float(shrunk[0]) + 1e-9
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.01, 0.3, 0.9])
+def test_the_l1_ball_of_a_million_float32_weights(share):
+    v = np.random.default_rng(4).standard_normal(10**6).astype(np.float32)
+    kappa = share * float(np.sum(np.abs(v), dtype=np.float64))
+    found = np.asarray(jax.jit(PruneL1(kappa).compress)(jnp.asarray(v), MU), np.float64)
+    assert np.sum(np.abs(found)) == pytest.approx(kappa, rel=1e-6)
+    shrunk = (np.abs(v) - np.abs(found))[found != 0]
+    assert np.ptp(shrunk) < 1e-6
+    assert np.max(np.abs(v[found == 0])) <= shrunk.min() + 1e-6
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 1.0])
@@ -500,7 +544,19 @@ BAD = [
     (lambda: PenaltyL1(float("nan")), "alpha: nan"),
     (lambda: PenaltyGroups(-1.0), "alpha: -1"),
     (lambda: bind(PruneGroups(19)), "kappa: 19 of 18"),
-    (lambda: PruneGroups(2, CHANNELS).bind(weights(), (LAYER, LAYER)), "channels of 2 layers"),
+    (lambda: PruneGroups(2, CHANNELS).bind(weights(), (LAYER, LAYER)), "channels needs .* a vector of 2 layers"),
+    (lambda: PruneGroups(2).bind(jnp.ones(36), (LAYER, LAYER)), "columns needs one matrix, not a vector of 2 layers"),
+    (lambda: PruneGroups(2).bind(jnp.ones(6), (BIAS,)), "a vector of 6 numbers such as a bias; name the layer"),
+    (lambda: PenaltyGroups(2.0).bind(jnp.ones(6), (BIAS,)), "columns needs one matrix, not a vector of 6 numbers"),
+    (lambda: LowRank(1).bind(jnp.ones(6), (BIAS,)), "low rank needs one matrix, not .* a bias; name the layer"),
+    (lambda: PruneNofM(0, 4), "n: 0"),
+    (lambda: FixedCodebook((0.0, float("nan"))), "values: nan is no finite number"),
+    (lambda: RankSelection(float("inf")), "alpha: inf; give a finite number"),
+    (lambda: PruneBelow(1.0).bind(jnp.zeros(4), ()), "quality: all weights are zero"),
+    (lambda: Half().bind(jnp.asarray([1.0, -7e4]), ()), "the largest weight is 70000, the format ends at 65504"),
+    (lambda: PruneL0(1, 16).bind(jnp.asarray([1.0, -7e4]), ()), "the largest weight is 70000"),
+    (lambda: LowRank(1, value_bits=16).bind(1e5 * weights(), (LAYER,)), "float16: the largest weight is"),
+    (lambda: RankSelection(1.0, value_bits=16).bind(1e5 * weights(), (LAYER,)), "float16: the largest weight is"),
     (lambda: bind(PruneQuantize(3, 4)), "k: 4 values for 3 weights that stay"),
     (lambda: PruneNofM(5, 4), "n, m: 5 of 4"),
     (lambda: bind(PruneNofM(2, 4)), "m: 4 does not divide"),
@@ -541,6 +597,41 @@ BAD = [
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+WRONG_TYPES = {
+    "PruneNofM(2.0, 4)": "n: 2.0; give a whole number",
+    "PruneNofM(2, nan)": "m: nan",
+    "Tucker2((2.0, 2))": "ranks: (2.0, 2); give whole",
+    "Tucker2((2, nan))": "ranks: (2, nan)",
+    "Tucker2((2, 2), sweeps=0.5)": "sweeps: 0.5",
+    "Additive((PruneL0(1), PruneL0(2)), 1.5)": "rounds: 1.5",
+    "Additive((PruneL0(1), PruneL0(2)), nan)": "rounds: nan",
+    "FixedCodebook((0.0, 'a'))": "values: 'a' is no finite number",
+    "fixed_point(4.0, 1)": "bits: 4.0",
+    "fixed_point(4, 0.5)": "fraction: 0.5",
+    "powers_of_two(0, -0.5)": "smallest: -0.5",
+    "powers_of_two(nan, 0)": "largest: nan",
+    "RankSelection(1.0, (1.0, 2.0, 3.0))": "cost: (1.0, 2.0, 3.0) are 3 numbers; give one, or two",
+}
+
+
+def test_bad_types():
+    """In a process of its own: within the tests types are checked before the code that has to speak is reached."""
+    program = f"""
+from math import nan
+from solvers.compressions import *
+for text in {list(WRONG_TYPES)}:
+    try:
+        print("made", eval(text))
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(WRONG_TYPES)
+    for line, message in zip(lines, WRONG_TYPES.values(), strict=True):
+        assert message in line
 
 
 def test_separable_cp_needs_height_and_width():
