@@ -160,7 +160,7 @@ def test_gaps_are_counted_as_their_entropy():
     [
         ("all zero", "sparse", 6),
         ("weights", "planes", 6800),
-        ("shared", "table", 1600),
+        ("shared", "book", 1600),
         ("a codebook and corrections", "table", 1800),
         ("some rows empty", "grid", 4300),
         ("kept columns", "differences", 460),
@@ -222,6 +222,44 @@ def test_a_file_that_would_take_more_memory_than_allowed_is_refused_before_it_do
         container.parse(bomb, largest=1000)
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
+
+
+HUNGRY = {
+    "gaps": np.where(RNG.random(10**6) < 0.69, RNG.integers(1, 255, 10**6), 0).astype(np.uint8),
+    "bits": RNG.integers(0, 32, 10**6).astype(np.uint8),
+    "codebook": np.where(RNG.random(10**6) < 0.3, 7, RNG.integers(0, 9, 10**6)).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("coder", symbols.CODERS)
+@pytest.mark.parametrize("name", HUNGRY)
+def test_decoding_takes_little_memory(name, coder):
+    array = HUNGRY[name]
+    data = round_trip(array, coder)
+    tracemalloc.start()
+    arrays.decode(data, ArrayType.of(array))
+    assert tracemalloc.get_traced_memory()[1] < 10 * array.nbytes + 2**21
+    tracemalloc.stop()
+
+
+def test_a_header_takes_little_memory():
+    described, body = described_in(container.dump({}, TENSORS))
+    described["header"] = {"a": [[]] * (container.LONGEST_HEADER // 4)}
+    data = repacked(described, body)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="path: the file is damaged"):
+        container.parse(data + b"0")
+    assert tracemalloc.get_traced_memory()[1] < 25 * container.LONGEST_HEADER
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="metadata: the header takes .* say less"):
+        container.dump({"a": "0" * container.LONGEST_HEADER}, {})
+
+
+def test_large_codebooks_are_found():
+    """14 bits of a code, and 32 bits of each of 16384 values, for every weight."""
+    array = normal(2**14)[RNG.integers(0, 2**14, 200_000)]
+    for coder in symbols.CODERS:
+        assert 8 * len(round_trip(array, coder)) / len(array) < 14 + 32 * 2**14 / len(array) + 0.1
 
 
 def test_a_header_that_inflates_without_end_is_refused():

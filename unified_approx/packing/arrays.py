@@ -19,9 +19,10 @@ from unified_approx.packing.byte_streams import DamagedError, Reader, Writer
 
 _INTEGERS = tuple(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u"))
 DTYPES = ("float64", "float32", "float16", "bfloat16", *_INTEGERS, "bool")
-_LARGEST_TABLE = 4096
+_LARGEST_TABLE = symbols.LARGEST_ALPHABET - 1
 _LARGEST_GRID = 2**20
 _GAP_BITS = range(2, 13)
+_CHUNK = 2**16  # symbols whose places are found at a time
 
 Patterns = UInt[np.ndarray, " n"]
 
@@ -118,6 +119,31 @@ class Table(Way):
         return found
 
 
+class Book(Way):
+    """All values in a table, and their numbers: a codebook so large that some of its values occur once or never."""
+
+    handicap = Table.handicap
+
+    def encode(self, patterns: Patterns, width: int, coder: str) -> bytes | None:
+        """See `Way.encode`."""
+        values, number = np.unique(patterns, return_inverse=True)
+        if len(values) > min(_LARGEST_TABLE, len(patterns) // 2):
+            return None
+        out = Writer()
+        out.number(len(values))
+        out.block(symbols.encode(number, coder))
+        out.block(_shortest(values, 1, coder, _PLAIN))
+        return out.done()
+
+    def decode(self, reader: Reader, count: int, width: int, dtype: np.dtype) -> Patterns:
+        """See `Way.decode`."""
+        size = reader.number(min(_LARGEST_TABLE, count))
+        place = symbols.decode(reader.block(), count)
+        if place.max(initial=0) >= size:
+            raise DamagedError("a number beyond the table")
+        return _read(reader.block(), size, 1, dtype, _PLAIN)[place]
+
+
 class Sparse(Way):
     """Zeros as the gaps between the other values, those one after the other.
 
@@ -153,12 +179,20 @@ class Sparse(Way):
         kept = reader.number(count)
         number = reader.number(kept + count // max(1, escape))
         escaped = symbols.decode(reader.block(), number)
-        is_kept = escaped < escape
-        ends = np.cumsum(escaped.astype(np.int64) + is_kept) - 1
-        if np.count_nonzero(is_kept) != kept or escaped.max(initial=0) > escape or (kept and ends[-1] >= count):
+        if escaped.max(initial=0) > escape or np.count_nonzero(escaped < escape) != kept:
             raise DamagedError("gaps that do not fit the array")
-        found = np.zeros(count, dtype)
-        found[ends[is_kept]] = _read(reader.block(), kept, 1, dtype, _PLAIN | _REPEATED)
+        values = _read(reader.block(), kept, 1, dtype, _PLAIN | _REPEATED)
+        found, at, done = np.zeros(count, dtype), -1, 0
+        for start in range(0, number, _CHUNK):
+            part = escaped[start : start + _CHUNK].astype(np.int64)
+            is_kept = part < escape
+            ends = at + np.cumsum(part + is_kept)
+            at = int(ends[-1])
+            if at >= count:
+                raise DamagedError("gaps that do not fit the array")
+            places = ends[is_kept]
+            found[places] = values[done : done + len(places)]
+            done += len(places)
         return found
 
 
@@ -219,8 +253,8 @@ class Grid(Way):
         return found
 
 
-WAYS: dict[int, Way] = {0: Raw(), 1: Planes(), 2: Table(), 3: Sparse(), 4: Differences(), 5: Grid()}
-_PLAIN, _REPEATED = frozenset({0, 1}), frozenset({2})
+WAYS: dict[int, Way] = {0: Raw(), 1: Planes(), 2: Table(), 3: Sparse(), 4: Differences(), 5: Grid(), 6: Book()}
+_PLAIN, _REPEATED = frozenset({0, 1}), frozenset({2, 6})
 _ALL = frozenset(WAYS)
 
 
@@ -324,5 +358,5 @@ def decode(data: bytes | memoryview, kind: ArrayType) -> Shaped[np.ndarray, "...
 
 
 def way_of(data: Sequence[int] | bytes | memoryview) -> str:
-    """What a stream is called: "raw", "planes", "table", "sparse", "differences", "grid"; "empty" for no values."""
+    """What a stream is called: "raw", "planes", "table", "sparse", "differences", "grid", "book"; "empty" for none."""
     return type(WAYS[data[0]]).__name__.lower() if len(data) else "empty"

@@ -21,8 +21,8 @@ MAGIC = b"UAPK"
 VERSION = 2  # 1 had no streams for parameters and no tables of more than 4096 values
 LARGEST = 2**30
 """Bytes of all arrays in memory, unless the caller says otherwise."""
-LONGEST_HEADER = 64 * 2**20
-"""Bytes of the header before it is deflated."""
+LONGEST_HEADER = 4 * 2**20
+"""Bytes of the header before it is deflated; as objects it may take 25 times as many."""
 _PREFIX = len(MAGIC) + 1 + 4 + 4
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
@@ -72,13 +72,17 @@ def dump(header: Mapping[str, Any], tensors: Tensors, coder: str = "ans") -> byt
         entries.append([name, kind.dtype, list(kind.shape), len(stream), zlib.crc32(stream)])
         streams.append(stream)
     text = json.dumps({"header": header, "arrays": entries}, allow_nan=False, separators=(",", ":")).encode()
+    if len(text) > LONGEST_HEADER:
+        raise ValueError(f"metadata: the header takes {len(text):,} bytes, {LONGEST_HEADER:,} are allowed; say less")
     deflated = zlib.compress(text, 9)
     prefix = MAGIC + bytes([VERSION]) + len(deflated).to_bytes(4, "little")
     return b"".join([prefix, zlib.crc32(prefix + deflated).to_bytes(4, "little"), deflated, *streams])
 
 
 def parse(data: bytes, largest: int = LARGEST) -> Packed:
-    """The file taken apart, all checksums seen to; memory stays within a few times the file's size.
+    """The file taken apart, all checksums seen to.
+
+    Memory: the header's (see `LONGEST_HEADER`) and, when the arrays are decoded, at most 16 bytes a byte of the array.
 
     Args:
         data: the whole file.

@@ -18,6 +18,7 @@ _BERNOULLI = _STREAM.model.Bernoulli(perfect=False)
 LARGEST_ALPHABET = 2**16
 CODERS = ("ans", "huffman")
 _CONSTANT, _FIXED, _ANS, _HUFFMAN = range(4)
+_CHUNK = 2**16  # symbols read at a time; a multiple of 8, so that chunks begin with a byte
 _PRECISIONS = (8, 10, 12, 14, 16)  # bits of the frequencies in the table
 
 
@@ -124,10 +125,12 @@ def _read_fixed(reader: Reader, count: int) -> UInt16[np.ndarray, " count"]:
         raise DamagedError(f"{len(data)} bytes for {count} symbols of {width} bits")
     if width in (8, 16):
         return np.frombuffer(data, f">u{width // 8}").astype(np.uint16)
-    bits = bits_of(data)[: count * width].reshape(count, width)
     found = np.zeros(count, np.uint16)
-    for place in range(width):
-        found = found << 1 | bits[:, place]
+    for start in range(0, count, _CHUNK):  # one bit takes a byte
+        own = found[start : start + _CHUNK]
+        bits = bits_of(data[start * width // 8 : (start + _CHUNK) * width // 8 + 1])[: len(own) * width]
+        for place in bits.reshape(len(own), width).T:
+            own[:] = own << 1 | place
     return found
 
 
