@@ -18,6 +18,10 @@ from solvers.compressions import (
     PruneGroups,
     PruneL0,
     RankSelection,
+    ScaledBinary,
+    ScaledTernary,
+    binary,
+    powers_of_two,
 )
 from solvers.prox import CHANNELS
 from unified_approx import datasets, evaluate, zoo
@@ -31,6 +35,7 @@ from unified_approx.learning_compression import (
     Task,
     direct_compression,
     exponential,
+    fast,
     informed,
     lc,
     operations,
@@ -440,3 +445,53 @@ def test_a_codebook_multiplies_once_a_value_and_output():
     assert found["fc1"] == Operations(2 * 300, 784 * 300)
     assert found["fc2"] == Operations(300 * 100, 300 * 100)  # the merged form
     assert found["fc3"] == Operations(1000, 1000)
+
+
+def test_signs_and_given_values_multiply_as_often_as_they_must():
+    model, x = zoo.create("lenet300"), np.zeros((2, 28, 28, 1), np.float32)
+    forms = {"fc1": ScaledBinary(), "fc2": ScaledTernary(), "fc3": binary()}
+    result = direct_compression(model, [Task(path=path, compression=form) for path, form in forms.items()])
+    found = operations(result, x)
+    kept = int(jnp.count_nonzero(result.model.fc2.kernel[...]))
+    assert found == {
+        "fc1": Operations(300, 784 * 300),
+        "fc2": Operations(100, kept),
+        "fc3": Operations(0, 1000),
+    }
+    tasks = [Task(path="fc2", compression=powers_of_two(0, -3)), Task(path="fc3", compression=OptimalCodebook(2))]
+    found = operations(direct_compression(model, tasks), x)
+    assert found["fc2"].multiplications == 3 * 100  # 1/2, 1/4, 1/8 with either sign
+    assert found["fc3"] == Operations(20, 1000)
+
+
+def test_a_sum_with_a_codebook_adds_up_its_parts():
+    model, x = zoo.create("lenet300"), np.zeros((2, 28, 28, 1), np.float32)
+    tasks = [
+        Task(path="fc1", compression=Additive((AdaptiveCodebook(2), PruneL0(50)))),
+        Task(path="fc2", compression=Additive((AdaptiveCodebook(2), LowRank(3)))),
+    ]
+    found = operations(direct_compression(model, tasks), x)
+    assert found["fc1"] == Operations(2 * 300 + 50, 784 * 300 + 50)
+    assert found["fc2"] == Operations(2 * 100 + 3 * 400, 300 * 100 + 3 * 400)
+    joint = Additive((AdaptiveCodebook(2), PruneL0(60)))
+    result = direct_compression(model, [Task(path="fc.", compression=joint, view="vector", joint=True)])
+    found = operations(result, x)
+    pruned = joint.parts[1].decompress(result.thetas[0][1])
+    ends = np.cumsum([784 * 300, 300 * 100])
+    for path, part, outputs in zip(
+        ("fc1", "fc2", "fc3"), np.split(np.asarray(pruned), ends), (300, 100, 10), strict=True
+    ):
+        own = int(np.count_nonzero(part))
+        assert found[path] == Operations(2 * outputs + own, part.size + own)
+
+
+def test_direct_compression_is_one_c_step(digits, monkeypatch):
+    """Where the C step is the answer: nothing is alternated."""
+    monkeypatch.setattr(fast, "alternate", None)
+    for form in (LowRank(3), PenaltyNuclear(0.5), RankSelection(1e-3), Additive((LowRank(2), PruneL0(9)))):
+        result = direct_compression(digits[0], [Task(path="fc", compression=form)])
+        w = digits[0].fc.kernel[...].T
+        expected = form.decompress(form.compress(w, 1.0))
+        np.testing.assert_allclose(result.model.fc.kernel[...].T, expected, atol=1e-5)
+        gap = float(jnp.sum((w - expected) ** 2))
+        assert result.history[0].loss == pytest.approx(gap / 2, rel=1e-4)

@@ -1,5 +1,7 @@
 """Quadratic models of networks against automatic differentiation, and compression by them alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import networks
@@ -407,6 +409,10 @@ def test_bad_schedules_and_models(digits, models):
     sunk = models["diagonal"].map(lambda part: type(part)(part.w, part.g, part.h - 1.0))
     with pytest.raises(ValueError, match="mu_schedule: 0.5 at step 1, but the curvature falls to -1"):
         lc(model, task, TaylorLStep(sunk), [0.5])
+    # A parameter without a task is not held by the penalty, so its curvature does not matter.
+    parts = {path: sunk.parts[path] if path[0] == "conv2" else part for path, part in models["diagonal"].parts.items()}
+    elsewhere = dataclasses.replace(sunk, parts=parts)
+    assert np.isfinite(lc(model, task, TaylorLStep(elsewhere), [0.5]).history[-1].gap)
     with pytest.raises(ValueError, match="kappa: 10000000"):
         fast_lc(model, [Task(path="fc", compression=PruneL0(10**7))], models["diagonal"])
     small = build(networks.mlp)

@@ -23,7 +23,7 @@ from unified_approx.learning_compression.result import LcResult, Step, make_resu
 from unified_approx.learning_compression.schedules import checked_schedule
 from unified_approx.learning_compression.tasks import Task, resolve
 from unified_approx.learning_compression.taylor import NetworkTaylor
-from unified_approx.pieces import Values, parameters_of, with_values
+from unified_approx.pieces import Piece, Values, parameters_of, with_values
 from unified_approx.work_dir import fingerprint
 
 MU_SCHEDULE = tuple(np.geomspace(1e-2, 1e2, 90).tolist())
@@ -46,7 +46,7 @@ class TaylorLStep:
         self.taylor, self.move_free = taylor, move_free
         self.identity = {"taylor": [taylor.fingerprint, dict(taylor.origin)], "move_free": move_free}
         self._sizes = {path: part.w.size for path, part in taylor.parts.items()}
-        self._least = min(float(jnp.min(part.h)) for part in taylor.parts.values())
+        self._least = {path: float(jnp.min(part.h)) for path, part in taylor.parts.items()}
 
     def __call__(self, model: nnx.Module, penalty: Penalty, step: int) -> nnx.Module:
         """See `LStep`.
@@ -55,10 +55,12 @@ class TaylorLStep:
             ValueError: a mu at which the model plus the penalty has no minimum, or a model of another network.
         """
         shapes = {path: value.shape for path, value in self._parameters(model).items()}
-        if not float(penalty.mu) > -self._least:
+        # Parameters without a penalty are not moved by it.
+        least = min((self._least[path] for piece in penalty.pieces for path in piece.paths), default=0.0)
+        if not float(penalty.mu) > -least:
             raise ValueError(
-                f"mu_schedule: {float(penalty.mu):g} at step {step + 1}, but the curvature falls to {self._least:g}; "
-                f"give values above {-self._least:g}, or damp the model"
+                f"mu_schedule: {float(penalty.mu):g} at step {step + 1}, but the curvature falls to {least:g}; "
+                f"give values above {-least:g}, or damp the model"
             )
         values = {path: part.minimum() if self.move_free else part.w for path, part in self.taylor.parts.items()}
         for piece, target in zip(penalty.pieces, penalty.targets, strict=True):
@@ -121,24 +123,42 @@ def fast_lc(
         quadratic, unit = quadratic_of(piece, taylor, damping, gradient=gradient)
         thetas.append(_solve(quadratic, unit, piece.compression, mus, exact, augmented))
         loss += float(_value(quadratic, piece.compression, thetas[-1]))
-    info = tuple(piece.compression.info(theta) for piece, theta in zip(pieces, thetas, strict=True))
-    seconds = (0.0, time.perf_counter() - clock)
     base = _moved(model, taylor, damping, gradient) if move_free else model
-    line = Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds, info=info)
-    return make_result(base, pieces, tuple(thetas), (line,), 0)
+    return _at_once(base, pieces, thetas, loss, clock)
 
 
 def direct_compression(model: nnx.Module, tasks: Sequence[Task]) -> LcResult:
     """Every piece as close to the trained weights as its form can be: what knows nothing of the loss.
 
-    It is fast LC with the same curvature for all weights. The loss in the history is half the squared distance.
+    It is fast LC with a curvature of 1 for all weights, whose problem is that of a single C step at mu = 1. The loss in
+    the history is half the squared distance.
 
     Raises:
         ValueError: tasks or sizes as for `lc`.
     """
-    parts = {path: Taylor(w, jnp.zeros_like(w), jnp.ones_like(w)) for path, w in parameters_of(model).items()}
-    same = NetworkTaylor(parts, 0.0, {"curvature": "one"}, fingerprint({}, model, None))
-    return fast_lc(model, tasks, same, damping=0.0)
+    clock = time.perf_counter()
+    pieces, values = resolve(tasks, model), parameters_of(model)
+    thetas, loss = [], 0.0
+    for piece in pieces:
+        w = piece.pack(values)
+        same = Taylor(w, jnp.zeros_like(w), jnp.ones_like(w))
+        exact = is_solvable(piece.compression)
+        thetas.append(solve(piece.compression, same) if exact else _one_c_step(piece.compression, w))
+        loss += float(_value(same, piece.compression, thetas[-1]))
+    return _at_once(model, pieces, thetas, loss, clock)
+
+
+@partial(jax.jit, static_argnums=0)
+def _one_c_step(compression: Compression, w: Float[Array, "..."]) -> Theta:
+    return compression.compress(w, jnp.ones((), w.dtype))
+
+
+def _at_once(model: nnx.Module, pieces: tuple[Piece, ...], thetas: list[Theta], loss: float, clock: float) -> LcResult:
+    """The result of a history of one step."""
+    info = tuple(piece.compression.info(theta) for piece, theta in zip(pieces, thetas, strict=True))
+    seconds = (0.0, time.perf_counter() - clock)
+    line = Step(step=0, mu=float("inf"), loss=loss, gap=0.0, seconds=seconds, info=info)
+    return make_result(model, pieces, tuple(thetas), (line,), 0)
 
 
 def _solve(
