@@ -86,9 +86,9 @@ def main(
     rules += [ua.Rule(path=pattern, group="column") for pattern in columns or ()]
     shared = {"rules": rules, "form": form, "group": group, "seed": seed}
     chosen = entry.preprocess(images.x[:calibration])
+    resumed = (work_dir / name / "layers").exists()
     with compact():
         table = _table(work_dir / f"{kind}-{form}", model, chosen, allocation, budget, shared)
-        clock = time.perf_counter()
         result = ua.compress(
             model,
             chosen,
@@ -99,9 +99,9 @@ def main(
             **shared,
         )
     more: dict[str, Any] = {
-        "solve_seconds": time.perf_counter() - clock,
+        "solve_seconds": sum(layer.seconds for layer in result.report.layers),
         "sensitivity_seconds": 0.0 if table is None else table.seconds,
-        "solve_peak_rss_mb": peak_rss_mb(),
+        "solve_peak_rss_mb": None if resumed else peak_rss_mb(),
     }
     if epochs:
         more["accuracy_without_training"] = evaluate.accuracy(result.model, images.test, images.labels)
@@ -126,7 +126,8 @@ def main(
         **more,
         forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in result.report.layers},
     )
-    trained = f"-{epochs}epochs{'-match' if match else ''}" if epochs else ""
+    how = f"{'' if batch_norms else '-folded'}{'-match' if match else ''}"
+    trained = f"-{epochs}epochs-{learning_rate:g}{how}" if epochs else ""
     out = json_file or RESULTS / f"cifar10-{name}{trained}.json"
     command = shlex.join(["python", "experiments/cifar10_table.py", *flags(asked)])
     write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed, quick=quick)

@@ -20,6 +20,7 @@ from solvers.extract import extract_spatial, extract_two_level
 from solvers.factor_sizes import check_ranks, cost
 from solvers.structure import column_structure, feature_structure
 from solvers.tensor_forms import cp3_form, cp4_form, tucker2_form
+from solvers.terms import index_bits
 
 # Selection is dominated by LAPACK calls and products; compiling its many small loops costs more than they ever run.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -62,11 +63,18 @@ def largest_rank(budget: float, n: int, p: int, gauge: bool, pivot_cost: float =
     return int(max(0, min(root, n, p)))
 
 
+def largest_count(budget: float, n: int, p: int, members: int = 1) -> int:
+    """The most groups of `members` columns whose values and indices are within a budget of stored values."""
+    kept = np.arange(p // members + 1) * members
+    cost = n * kept + np.array([index_bits(int(k), p) for k in kept]) / 32
+    return int(np.flatnonzero(cost <= budget * (1 + 1e-10)).max(initial=0))  # a fraction of n p times n p is not exact
+
+
 def column_form(context: Context) -> Candidate | None:
     """Columns only: group OBS or forward selection with swaps; whole input channels with group="channel"."""
     n, p = context.shape.n, context.shape.p
     members = 1 if context.group == "column" else p // context.shape.c_in
-    k = context.rounded(int((context.budget - context.index_cost) // (n * members)), p // members)
+    k = context.rounded(largest_count(context.budget, n, p, members), p // members)
     if k < 1:
         return None
     if members == 1:

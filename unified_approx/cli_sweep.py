@@ -28,6 +28,10 @@ def _budgets(text: str | None) -> list[Any] | None:
     return [Budget.parse(part) for part in text.split(";")]
 
 
+def _limits_drop(budgets: list[Any] | None) -> bool:
+    return any(getattr(budget, "max_drop", None) is not None for budget in budgets or ())
+
+
 def sweep(
     network: Network,
     weights: Weights = None,
@@ -70,12 +74,14 @@ def sweep(
         lists["budgets"] = _budgets(budgets)
         model = resolve.load_network(network, weights)
         images = resolve.load_images(network, data, dataset)
-        examples = images.x_train[resolve.calibration_indices(len(images.x_train), calibration, seed)]
+        chosen = resolve.calibration_indices(len(images.x_train), calibration, seed)
+        examples = images.x_train[chosen]
         screen = console()
 
         def show(done: int, total: int, row: dict[str, Any]) -> None:
             screen.print(f"{done}/{total}: {_target(row)}: accuracy {row['accuracy']:.2f} %, CR {row['cr']:.2f}")
 
+        labels: dict[str, Any] = {} if not _limits_drop(lists["budgets"]) else {"labels": images.y_train[chosen]}
         with _executor(workers, scheduler) as executor:
             found = sweeping.sweep(
                 model,
@@ -94,6 +100,7 @@ def sweep(
                 allocation=allocation,
                 rows=rows,
                 seed=seed,
+                **labels,
             )
         screen.print(_table(found))
         screen.print(f"written to {out}")
@@ -146,15 +153,19 @@ def plot(
         from unified_approx.results import read_rows
 
         series: dict[str, list[tuple[float, float]]] = {}
-        reference = None
+        references = set()
+        several = len({file.stem for file in files}) < len(files)  # a/sweep.parquet and b/sweep.parquet
         key = "macs_ratio" if axis == "macs" else axis
         for file in files:
             for row in read_rows(file):
                 if row.get(key) is None or row.get("accuracy") is None:
                     continue
-                name = " ".join(str(row[k]) for k in ("network", "method") if k in row) or file.stem
+                name = " ".join(str(row[k]) for k in ("network", "method") if k in row) or str(
+                    file if several else file.stem
+                )
                 series.setdefault(name, []).append((row[key], row["accuracy"]))
-                reference = row.get("reference_accuracy", reference)
+                references |= {row["reference_accuracy"]} if row.get("reference_accuracy") else set()
         if not series:
             raise ValueError(f"FILE: none of {', '.join(map(str, files))} has rows with {key} and accuracy")
+        reference = references.pop() if len(references) == 1 else None  # of several networks none can be drawn
         console().print(f"written to {plots.tradeoff(out, series, axis=axis, reference=reference)}")

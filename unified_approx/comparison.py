@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32, Int
+from jaxtyping import Array, Float32, Int
 from rich.table import Table
 
 from unified_approx.assemble import get
 from unified_approx.cost import layer_calls
 from unified_approx.evaluate import accuracy
 from unified_approx.latency import BATCH, batch_of, fastest, fastest_dense, measure_latency
-from unified_approx.macs import factored_layers
+from unified_approx.macs import LayerCall, factored_layers
 from unified_approx.report import Report
 from unified_approx.results import network_row
 from unified_approx.sites import path_name
@@ -84,8 +84,9 @@ def layer_latencies(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of every factored layer by itself beside the original layer in its faster dense form, interleaved.
 
-    Each layer runs on random inputs of the shape that it sees; the batch norm that a factored layer has taken over is
-    not counted for the original. Layers of equal structure are measured once.
+    Each layer runs on random inputs of the shape that it sees in its own network, where channels that nothing reads may
+    be gone; the batch norm that a factored layer has taken over is not counted for the original. Layers of equal
+    structure are measured once.
 
     Args:
         original: network.
@@ -99,20 +100,35 @@ def layer_latencies(
     """
     batch = batch_of(x, batch_size)
     dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
-    calls, known, found = layer_calls(compressed, batch), {}, {}
+    before, after, known, found = layer_calls(original, batch), layer_calls(compressed, batch), {}, {}
     for path, layer in factored_layers(compressed).items():
         pair = {"original": get(dense, path), "compressed": layer}
         total = dict.fromkeys(pair, 0.0)
-        for call in calls.get(path, ()):
-            key = (call.input_shape, *(_structure(module) for module in pair.values()))
+        for calls in zip(before.get(path, ()), after.get(path, ()), strict=True):
+            key = (*(call.input_shape for call in calls), *(_structure(module) for module in pair.values()))
             if key not in known:
-                values = np.random.default_rng(0).standard_normal(call.input_shape)
-                known[key] = measure_latency(pair, jnp.asarray(values, call.input_dtype), rounds=rounds)
+                seen = {name: _Reading(module, i) for i, (name, module) in enumerate(pair.items())}
+                known[key] = measure_latency(seen, *map(_random_input, calls), rounds=rounds)
             total = {name: total[name] + 1e3 * known[key][name] for name in pair}
         times = {f"{name}_ms": value for name, value in total.items()}
         if total["compressed"]:
             found[path_name(path)] = {**times, "speedup": total["original"] / total["compressed"]}
     return found
+
+
+class _Reading(nnx.Module):
+    """A layer that reads one of several inputs, so that layers of different inputs can be timed side by side."""
+
+    def __init__(self, layer: nnx.Module, which: int):
+        self.layer, self.which = layer, which
+
+    def __call__(self, *inputs: Any) -> Any:
+        layer: Any = self.layer
+        return layer(inputs[self.which])
+
+
+def _random_input(call: LayerCall) -> Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(call.input_shape), call.input_dtype)
 
 
 def _structure(module: nnx.Module) -> tuple[Any, ...]:

@@ -4,10 +4,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from solvers.layer import LayerOptions
 from solvers.sharding import Devices
@@ -17,10 +18,12 @@ from unified_approx.allocation.build import measure_sensitivity
 from unified_approx.assemble import assemble
 from unified_approx.budget import Budget
 from unified_approx.calling import Call
+from unified_approx.layers import Factored
 from unified_approx.report import ProgressBar, ProgressCallback, Report, measuring
 from unified_approx.rules import Rule
 from unified_approx.run import Calibration, Plan, Run
 from unified_approx.settings import MEASURED, Arguments, make_arguments
+from unified_approx.sites import Path
 from unified_approx.smallest import smallest
 from unified_approx.storage import save
 from unified_approx.unread import remove_unread
@@ -130,20 +133,53 @@ def compress(
     if budget is not None and budget.max_drop is not None:
         rest = {"sensitivity": sensitivity, "work_dir": work_dir, "progress": progress}
         return smallest(model, calibration, labels, budget.max_drop, compress, {**given, **rest})
+    more: dict[str, Any] = {"sensitivity": sensitivity, "start": start, "work_dir": work_dir, "progress": progress}
+    return compress_with(model, calibration, make_arguments(**given), **more)
+
+
+def compress_with(
+    model: nnx.Module,
+    calibration: Calibration,
+    arguments: Arguments,
+    *,
+    sensitivity: Sensitivity | None = None,
+    start: Mapping[str, Float[np.ndarray, "n p"]] | None = None,
+    work_dir: str | PathLike[str] | None = None,
+    progress: ProgressCallback | None = None,
+    forms: Mapping[Path, Factored] | None = None,
+) -> Result:
+    """`compress`, its arguments checked.
+
+    Args:
+        model: as in `compress`.
+        calibration: likewise.
+        arguments: all that describe the run.
+        sensitivity: as in `compress`.
+        start: likewise.
+        work_dir: likewise.
+        progress: likewise.
+        forms: layers by path that compute what the model's do, for those that this run leaves as they are.
+    """
     clock = time.perf_counter()
-    run = Run(model, calibration, make_arguments(**given))
+    run = Run(model, calibration, arguments)
     work = None if work_dir is None else WorkDir(work_dir, run.fingerprint())
     progress = progress or ProgressBar()
     if sensitivity is None and work is not None:
         sensitivity = work.sensitivity()
-    table = allocate(run, sensitivity, lambda i, n, name: progress(measuring(i, n, name)))
-    if work is not None and table is not None:
-        work.keep_sensitivity(table)
+    allocated = None if work is None else work.allocation()
+    if allocated is None:
+        table = allocate(run, sensitivity, lambda i, n, name: progress(measuring(i, n, name)))
+        if work is not None:
+            work.keep_allocation(run.allocation(), table)
+    else:
+        table = sensitivity
+        run.allocate(allocated)
     modules, layers = run.solve_all(work, progress, start or {})
-    new, removed = remove_unread(assemble(model, modules, run.capture.sites), run.example, run.arguments.call)
-    new = run.settled(new)
-    report = run.report(new, layers, removed, time.perf_counter() - clock)
-    return Result(model=new, report=report, sensitivity=table, matrices=run.matrices)
+    new = assemble(model, {**(forms or {}), **modules}, run.capture.sites)
+    new, removed = remove_unread(new, run.example, run.arguments.call)
+    fast = run.settled(new)
+    report = run.report(new, fast, layers, removed, time.perf_counter() - clock)
+    return Result(model=fast, report=report, sensitivity=table, matrices=run.matrices)
 
 
 def plan(

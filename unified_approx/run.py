@@ -27,7 +27,7 @@ from unified_approx.evaluate import outputs_once
 from unified_approx.im2col import kernel_to_matrix
 from unified_approx.latency import FASTEST, batch_of, fastest
 from unified_approx.layers import Factored, factored_class
-from unified_approx.layers.factored import AUTO
+from unified_approx.layers.factored import AUTO, MATMUL, MERGED
 from unified_approx.narrow import terms_of
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
@@ -110,6 +110,30 @@ class Run:
             check_reachable(site, settings[site.path])
         return settings
 
+    def allocation(self) -> dict[str, Any]:
+        """What was settled for each layer, in JSON's types."""
+        layers = {
+            site.name: {
+                "fraction": s.fraction,
+                "form": s.options.form,
+                "dense": s.dense,
+                "expected_loss": s.expected_loss,
+            }
+            for site in self.capture.sites
+            for s in (self.settings[site.path],)
+        }
+        return {"layers": layers, "gap": self.gap}
+
+    def allocate(self, found: Mapping[str, Any]) -> None:
+        """Settle the layers as `allocation` of an earlier run of the same arguments says."""
+        for site in self.capture.sites:
+            own = dict(found["layers"][site.name])
+            form = own.pop("form")
+            settings = self.settings[site.path]
+            options = replace(settings.options, form=form if isinstance(form, str) else tuple(form))
+            self.settings[site.path] = replace(settings, options=options, **own)
+        self.gap = found["gap"]
+
     def solve_all(
         self, work: WorkDir | None, progress: ProgressCallback, starts: Mapping[str, np.ndarray]
     ) -> tuple[dict[Path, nnx.Module], list[LayerRow]]:
@@ -157,11 +181,19 @@ class Run:
         """Times layers and networks on this machine, if the budget limits seconds."""
         return LayerTimer(self.model, self.example, self.arguments.call) if self.arguments.timed else None
 
-    def report(self, new: nnx.Module, layers: Sequence[LayerRow], removed: Mapping[str, int], seconds: float) -> Report:
+    def report(
+        self,
+        new: nnx.Module,
+        fast: nnx.Module,
+        layers: Sequence[LayerRow],
+        removed: Mapping[str, int],
+        seconds: float,
+    ) -> Report:
         """Rows of all layers, skipped ones last, and the totals of the whole network.
 
         Args:
-            new: the compressed network.
+            new: the compressed network, whose multiply-adds count.
+            fast: the same as it will run on this machine: `settled`.
             layers: its rows as solved.
             removed: output channels that were removed since, by layer.
             seconds: of the run.
@@ -173,8 +205,11 @@ class Run:
         ]
         done = [row for row in layers if row.status in ("compressed", "diverged")]
         notes = [f"{row.name}: {row.reason}" for row in done if row.reason]
-        layers = [self._narrowed(row, site, new, removed) for row, site in zip(layers, self.capture.sites, strict=True)]
-        gap = self.disagreement(new)
+        layers = [
+            self._as_run(self._narrowed(row, site, new, removed), site, fast)
+            for row, site in zip(layers, self.capture.sites, strict=True)
+        ]
+        gap = self.disagreement(fast)
         if not gap <= _AGREEMENT:
             notes.append(f"the new network's outputs differ from the solved layers' by {gap:.1e} of their size")
         if self.gap is not None and self.gap > 2 * GAP:
@@ -195,9 +230,11 @@ class Run:
         )
 
     def _narrowed(self, row: LayerRow, site: LayerSite, new: nnx.Module, removed: Mapping[str, int]) -> LayerRow:
-        """The row of a layer after channels were removed from it or from those that it reads."""
+        """The row of a layer after channels were removed from it or from those that it reads, or if it was factored
+        before.
+        """
         layer, count = get(new, site.path), removed.get(site.name, 0)
-        if not isinstance(layer, Factored) or not any(layer.removed):
+        if not isinstance(layer, Factored) or (row.status == "compressed" and not any(layer.removed)):
             return row
         why = f"{count} output channels that nothing reads removed" if count else ""
         return replace(
@@ -207,6 +244,15 @@ class Run:
             removed_channels=count,
             **figures(terms_of(layer), layer.geometry.matrix_shape),
         )
+
+    def _as_run(self, row: LayerRow, site: LayerSite, fast: nnx.Module) -> LayerRow:
+        """The row, with a word where the factors are stored and the layer runs dense."""
+        layer = get(fast, site.path)
+        measured = self.arguments.execution == FASTEST or self.timer is not None
+        if not measured or not isinstance(layer, Factored) or layer.execution not in (MERGED, MATMUL):
+            return row
+        why = "runs as one dense layer, which is faster here"
+        return replace(row, reason="; ".join(text for text in (row.reason, why) if text))
 
     def disagreement(self, new: nnx.Module) -> float:
         """Largest relative difference, on the first batch, between the new network and what was solved for.

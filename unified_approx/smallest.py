@@ -42,7 +42,8 @@ def smallest(
         arguments: of every trial, the budget aside; each has a folder of its own in `work_dir`.
 
     Raises:
-        ValueError: labels are missing or do not fit, or no trial keeps the accuracy.
+        ValueError: labels are missing or do not fit, examples that are not one array, no budget that can be reached, or
+            no trial that keeps the accuracy.
     """
     data = examples.gather(calibration)
     count = examples.count(data)
@@ -51,11 +52,17 @@ def smallest(
             f"labels: Budget(max_drop={max_drop:g}) measures accuracy; give one integer label for each of the {count} "
             f"calibration examples, not {None if labels is None else np.shape(labels)}"
         )
+    if not hasattr(data, "ndim"):
+        raise ValueError(
+            f"calibration: a {type(data).__name__}; Budget(max_drop={max_drop:g}) measures accuracy on one array of inputs"
+        )
     held = max(1, round(arguments["held_out"] * count))
     call = arguments["call"] or forward
     x, y = jax.tree.map(lambda a: a[-held:], data), np.asarray(labels)[-held:]
     reference = accuracy(model, x, y, call=call)
     low, high, best, table = *map(log, _RANGE), None, arguments["sensitivity"]
+    unreachable: UnreachableBudgetError | None = None
+    tried = 0
     for _ in range(_TRIALS):
         middle = (low + high) / 2
         trial = {**arguments, "budget": Budget(params=exp(middle)), "sensitivity": table}
@@ -63,9 +70,10 @@ def smallest(
             trial["work_dir"] = Path(arguments["work_dir"]) / f"params{exp(middle):.5f}"
         try:
             result = compress(model, data, **trial)
-        except UnreachableBudgetError:
-            low = middle
+        except UnreachableBudgetError as error:
+            low, unreachable = middle, error
             continue
+        tried += 1
         table = result.sensitivity
         drop = reference - accuracy(result.model, x, y, call=call)
         if drop <= max_drop:
@@ -73,9 +81,11 @@ def smallest(
             best, high = replace(result, report=report), middle
         else:
             low = middle
+    if unreachable is not None and not tried:
+        raise unreachable
     if best is None:
         raise ValueError(
-            f"budget: max_drop={max_drop:g} was not kept by any of {_TRIALS} networks down from params={_RANGE[1]:g} "
+            f"budget: max_drop={max_drop:g} was not kept by any of {tried} networks down from params={_RANGE[1]:g} "
             f"on {held} held-out examples; allow a larger drop, or give more examples"
         )
     return best

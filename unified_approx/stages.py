@@ -17,8 +17,9 @@ from unified_approx.cost import NetworkCost, network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
 from unified_approx.narrow import as_dense
-from unified_approx.pipeline import Calibration, Result, compress
+from unified_approx.pipeline import Calibration, Result, compress_with
 from unified_approx.report import Report
+from unified_approx.settings import make_arguments
 
 
 def compress_in_stages(
@@ -52,18 +53,17 @@ def compress_in_stages(
             `compress` raises.
     """
     _check(budgets)
+    if arguments.get("sensitivity") is not None:
+        raise ValueError("sensitivity: every stage measures its own network; leave it out")
     data, call = examples.gather(calibration), arguments.get("call") or forward
     example = examples.split(data, arguments.get("batch_size", 200))[0]
     original = network_cost(model, example, call=call)
     current, first, result = model, None, None
     for stage, budget in enumerate(budgets):
-        before = {} if result is None else factored_layers(current)
-        dense = as_dense(current)
-        left = _of_what_is_left(budget, original, network_cost(dense, example, call=call))
+        left = _of_what_is_left(budget, original, network_cost(as_dense(current), example, call=call))
         folder = None if work_dir is None else Path(work_dir) / f"stage-{stage}"
-        result = compress(dense, data, budget=left, work_dir=folder, **arguments)
+        result = compress_again(current, data, budget=left, work_dir=folder, **arguments)
         first = first or result.report
-        result = replace(result, model=with_history(result.model, before))
         current = train(result, stage)
         result = replace(result, model=current, report=_against(original, first, result.report, budget))
     assert result is not None
@@ -89,22 +89,38 @@ def _of_what_is_left(budget: Budget, original: NetworkCost, left: NetworkCost) -
     return Budget(**limits)
 
 
-def with_history(model: nnx.Module, before: dict[tuple[str | int, ...], Factored]) -> nnx.Module:
-    """The network with the factored layers of before where this stage left them dense.
+def compress_again(model: nnx.Module, calibration: Calibration, **arguments: Any) -> Result:
+    """Compress a network that may have factored layers: the dense layers that they stand for.
 
-    All layers know the channels that were ever removed, so that the network can be saved and loaded.
+    Layers that this run leaves as they are keep their factors, and lose only what nothing reads any more.
+
+    Args:
+        model: the network; it is not changed.
+        calibration: as `compress` takes it.
+        **arguments: of `compress`.
     """
+    before = factored_layers(model)
+    # Without their history, so that what this run removes is seen.
+    forms = {path: _with_removed(layer, (0, 0)) for path, layer in before.items()}
+    of_run = ("sensitivity", "start", "work_dir", "progress")
+    more = {name: arguments.pop(name) for name in of_run if name in arguments}
+    result = compress_with(as_dense(model), calibration, make_arguments(**arguments), forms=forms, **more)
+    return replace(result, model=_with_history(result.model, before))
+
+
+def _with_history(model: nnx.Module, before: dict[tuple[str | int, ...], Factored]) -> nnx.Module:
+    """The network whose layers know the channels that were ever removed, so that it can be saved and loaded."""
     for path, old in before.items():
-        new = get(model, path)
-        if isinstance(new, Factored):
-            removed = (old.removed[0] + new.removed[0], old.removed[1] + new.removed[1])
-            arrays = (list(new.terms), new.bias, new.geometry, new.execution, new.dtype)
-            new = type(new)(*arrays, removed)
-        else:  # left dense in this stage: as it was
-            new = old
+        new: Any = get(model, path)
+        new = _with_removed(new, (old.removed[0] + new.removed[0], old.removed[1] + new.removed[1]))
         for home in homes(model, path):
             model = put(model, home, new)
     return model
+
+
+def _with_removed(layer: Factored, removed: tuple[int, int]) -> Factored:
+    """The layer with that many input and output channels removed from what it replaces."""
+    return type(layer)(list(layer.terms), layer.bias, layer.geometry, layer.execution, layer.dtype, removed)
 
 
 def _against(original: NetworkCost, first: Report, last: Report, budget: Budget) -> Report:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -59,6 +59,11 @@ class Point:
     lambda_sparse: float | None = None
     lambda_rank: float | None = None
 
+    @property
+    def limits_seconds(self) -> bool:
+        """Whether its budget limits seconds."""
+        return self.budget is not None and Budget.parse(self.budget).latency is not None
+
     def target(self) -> dict[str, Any]:
         """As arguments of `compress`."""
         if self.budget is not None:
@@ -75,8 +80,8 @@ class _Job:
     data: Any
     test: tuple[np.ndarray, np.ndarray] | None
     arguments: Mapping[str, Any]
-    table: Sensitivity | None
-    networks: str | None
+    tables: Mapping[bool, Sensitivity]  # with seconds, and without
+    networks: Path | None
     timed: bool
 
 
@@ -108,7 +113,8 @@ def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], 
     """One point; runs in a worker."""
     model = nnx.merge(job.graphdef, jax.tree.map(jnp.asarray, job.state))
     start = time.perf_counter()
-    arguments = {**job.arguments, **point.target(), "sensitivity": job.table, "start": warm}
+    arguments = {**job.arguments, **point.target(), "start": warm}
+    arguments["sensitivity"] = job.tables.get(point.limits_seconds)
     result = compress(model, job.data, progress=lambda event: None, **arguments)
     report = result.report
     row = {
@@ -130,8 +136,42 @@ def _solve(job: _Job, point: Point, warm: Warm | None) -> tuple[dict[str, Any], 
         "layers": json.dumps(report.to_dict()["layers"]),
     }
     if job.networks is not None:
-        result.save(Path(job.networks) / f"{point.index:05d}.safetensors")
+        result.save(_network_file(job.networks, point.index))
     return row, {} if point.budget is not None else result.matrices
+
+
+def _network_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.safetensors"
+
+
+def _is_whole(row: Mapping[str, Any], timed: bool, folder: Path | None) -> bool:
+    """Whether a finished point has all that is asked for now."""
+    saved = folder is None or _network_file(folder, row["index"]).exists()
+    return saved and not (timed and row["speedup"] is None)
+
+
+def _tables(
+    model: nnx.Module,
+    data: Any,
+    left: Sequence[Point],
+    given: Sensitivity | None,
+    arguments: Mapping[str, Any],
+    file: "SweepFile",
+) -> dict[bool, Sensitivity]:
+    """The sensitivity tables that the points which are left need, with seconds and without; kept beside the file."""
+    if given is not None:
+        return {False: given, True: given}
+    if arguments.get("allocation", "kl") == "uniform":
+        return {}
+    found = {}
+    for timed in {point.limits_seconds for point in left}:
+        path = file.beside(f"sensitivity{'-timed' if timed else ''}.json")
+        if not path.exists():
+            named = {k: v for k, v in arguments.items() if k in _OF_TABLE}
+            method = {"method": arguments["allocation"]} if "allocation" in arguments else {}
+            sensitivity(model, data, progress=lambda event: None, timed=timed, **named, **method).save(path)
+        found[timed] = Sensitivity.load(path)
+    return found
 
 
 def _speedup(original: nnx.Module, compressed: nnx.Module, job: _Job) -> float:
@@ -180,6 +220,11 @@ class SweepFile:
                     f"out: {path} belongs to another sweep (other weights, data or points); give a new file name"
                 )
             self.rows = {row["index"]: row for row in table.to_pylist()}
+
+    def beside(self, name: str) -> Path:
+        """A file of this sweep and no other, beside its table."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.with_name(f"{self.path.stem}-{self._identity[:12]}-{name}")
 
     def add(self, row: dict[str, Any]) -> None:
         """Add one point."""
@@ -243,7 +288,7 @@ def sweep(
         executor: any `concurrent.futures.Executor`, for example a process pool or dask's `Client.get_executor()`; one
             thread of this process by default. A point whose worker dies is tried again twice.
         progress: called with (done, total, row).
-        **arguments: of `compress`, the same for all points.
+        **arguments: of `compress`, the same for all points; not `work_dir`, since finished points are kept in `out`.
 
     Returns:
         The rows, in the order of the points.
@@ -254,29 +299,31 @@ def sweep(
             with another executor goes on.
     """
     points = _points(budgets, lambda_sparse, lambda_rank)
+    if reserved := [name for name in ("work_dir", "start", "progress", "budget") if name in arguments]:
+        raise ValueError(
+            f"{reserved[0]}: a sweep gives each point its own and keeps finished points in `out`; leave it out"
+        )
     data = examples.gather(calibration)
     known = None if test is None else (np.asarray(test[0]), np.asarray(test[1]))
     file = SweepFile(out, _identity(model, (data, known), points, arguments))
     for point in points:
         point.target()  # bad penalties show before any work
-    if networks is not None:
-        Path(networks).mkdir(parents=True, exist_ok=True)
-    table = arguments.pop("sensitivity", None)
-    missing = [p for p in points if p.index not in file.rows]
-    if missing and budgets is not None and table is None and arguments.get("allocation", "kl") != "uniform":
-        named = {k: v for k, v in arguments.items() if k in _OF_TABLE}
-        method = {"method": arguments["allocation"]} if "allocation" in arguments else {}
-        timed = any(point.target()["budget"].latency is not None for point in points)
-        table = sensitivity(model, data, progress=lambda event: None, timed=timed, **named, **method)
+    folder = None if networks is None else Path(networks).absolute()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    done = {i for i, row in file.rows.items() if _is_whole(row, timed, folder)}
+    given = arguments.pop("sensitivity", None)
+    left = [point for point in points if point.index not in done]
+    tables = _tables(model, data, left, given, arguments, file) if budgets is not None else {}
     graphdef, state = nnx.split(model)
-    folder = None if networks is None else str(Path(networks).absolute())
-    job = _Job(graphdef, jax.tree.map(np.asarray, state), data, known, arguments, table, folder, timed)
+    job = _Job(graphdef, jax.tree.map(np.asarray, state), data, known, arguments, tables, folder, timed)
     own = ThreadPoolExecutor(max_workers=1) if executor is None else None
     try:
-        for row in _run(job, points, file.rows, executor or own):  # pyright: ignore[reportArgumentType]
+        for row in _run(job, points, done, executor or own):  # pyright: ignore[reportArgumentType]
             file.add(row)
+            done.add(row["index"])
             if progress is not None:
-                progress(len(file.rows), len(points), row)
+                progress(len(done), len(points), row)
     except _LostError as lost:
         raise RuntimeError(
             f"executor: {lost} ({lost.__cause__!r}); {len(file.rows)} of {len(points)} points are in {out}: call again "
@@ -303,50 +350,61 @@ class _Work(NamedTuple):
     attempt: int
 
 
-def _run(job: _Job, points: Sequence[Point], done: Mapping[int, Any], executor: Executor) -> Iterator[dict[str, Any]]:
+def _run(job: _Job, points: Sequence[Point], done: Collection[int], executor: Executor) -> Iterator[dict[str, Any]]:
     """Rows as they are finished; each path has one point at a time in work.
 
-    A point whose worker died is tried again. What `compress` refuses is raised when the other points in work are done.
+    A point whose worker died is tried again. What `compress` refuses, and the loss of the executor, is raised when all
+    points that were in work are done.
     """
     queues = {path: list(group) for path, group in itertools.groupby(points, key=lambda p: p.path)}
     running: dict[Future[Any], _Work] = {}
-    refused: Exception | None = None
+    stopped: Exception | None = None
+
+    def stop(error: Exception) -> None:
+        nonlocal stopped
+        stopped = stopped or error
+        for waiting in [future for future in running if future.cancel()]:
+            running.pop(waiting)
 
     def submit(work: _Work) -> None:
         try:
             running[executor.submit(_solve, job, work.point, work.warm)] = work
         except RuntimeError as error:  # broken, or shut down
-            raise _LostError("it takes no work") from error
+            stop(_lost("it takes no work", error))
 
     def submit_next(path: int, warm: Warm | None) -> None:
         while queues[path] and queues[path][0].index in done:
             queues[path].pop(0)  # the matrices of points from an earlier run are gone: the path starts cold here
-        if queues[path]:
+        if queues[path] and stopped is None:
             submit(_Work(queues[path].pop(0), warm, 1))
 
     for path in queues:
         submit_next(path, None)
     while running:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            work = running.pop(future)
+            if (work := running.pop(future, None)) is None:
+                continue  # cancelled since
             error = _error_of(future)
-            if isinstance(error, ValueError):
-                refused = error
-                for waiting in [f for f in running if f.cancel()]:
-                    running.pop(waiting)
-            elif error is None:
+            if error is None:
                 row, warm = future.result()
                 yield row
-                if refused is None:
-                    submit_next(work.point.path, warm or None)
+                submit_next(work.point.path, warm or None)
+            elif isinstance(error, ValueError):
+                stop(error)
             elif isinstance(error, BrokenExecutor | CancelledError):
-                raise _LostError("it died") from error
+                stop(_lost("it died", error))
             elif work.attempt == _ATTEMPTS:
-                raise _LostError(f"point {work.point.index} failed {_ATTEMPTS} times") from error
-            elif refused is None:
+                stop(_lost(f"point {work.point.index} failed {_ATTEMPTS} times", error))
+            elif stopped is None:
                 submit(work._replace(attempt=work.attempt + 1))
-    if refused is not None:
-        raise refused
+    if stopped is not None:
+        raise stopped
+
+
+def _lost(how: str, cause: BaseException) -> _LostError:
+    error = _LostError(how)
+    error.__cause__ = cause
+    return error
 
 
 def _error_of(future: Future[Any]) -> BaseException | None:
@@ -357,5 +415,6 @@ def _error_of(future: Future[Any]) -> BaseException | None:
 
 
 def _identity(model: nnx.Module, data: Any, points: Sequence[Point], arguments: Mapping[str, Any]) -> str:
-    settings = {"points": [repr(p) for p in points], **{k: repr(v) for k, v in arguments.items() if k != "call"}}
-    return fingerprint(settings, model, data)
+    arrays = {k: np.asarray(v) for k, v in arguments.items() if isinstance(v, np.ndarray | Array)}
+    others = {k: repr(v) for k, v in arguments.items() if k != "call" and k not in arrays}
+    return fingerprint({"points": [repr(p) for p in points], **others}, model, (data, arrays))

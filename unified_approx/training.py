@@ -190,7 +190,9 @@ def train(
     best: tuple[int, Any] = (0, jax.tree.map(jnp.copy, (params, moving)))
     store = None
     if checkpoint_dir is not None:
-        identity = _identity(model, recipe, objective, (x, y), None if optimizer is None else carry.optimizer)
+        identity = _identity(
+            model, recipe, objective, (x, y, validation), None if optimizer is None else carry.optimizer
+        )
         store = Checkpoints(checkpoint_dir, identity, _sizes(model, teacher))
     if store is not None and (found := store.latest({"carry": carry, "best": best[1]})) is not None:
         carry, history = found["carry"], [Epoch(**line) for line in found["history"]]

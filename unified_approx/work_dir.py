@@ -17,6 +17,7 @@ from unified_approx.files import claim, fingerprint_of, replacing
 from unified_approx.layers import KINDS, layer_class
 
 _SENSITIVITY = "sensitivity.json"
+_ALLOCATION = "allocation.json"
 
 
 def fingerprint(settings: dict[str, Any], model: nnx.Module, data: PyTree) -> str:
@@ -44,9 +45,23 @@ class WorkDir:
         with replacing(self._file(index)) as partial:
             save_file(tensors, partial, metadata={"layer": json.dumps(header)})
 
-    def keep_sensitivity(self, table: Sensitivity) -> None:
-        """Write the table that the run's allocation was made from."""
-        table.save(self.path / _SENSITIVITY)
+    def keep_allocation(self, allocation: dict[str, Any], table: Sensitivity | None) -> None:
+        """Write what each layer was asked for, and the table that decided.
+
+        Timings differ from run to run: a run that goes on must not ask for other sizes than it began with.
+        """
+        if table is not None:
+            table.save(self.path / _SENSITIVITY)
+        with replacing(self.path / _ALLOCATION) as partial:
+            partial.write_text(json.dumps(allocation, indent=1))
+
+    def allocation(self) -> dict[str, Any] | None:
+        """What `keep_allocation` wrote, or None."""
+        path = self.path / _ALLOCATION
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"work_dir: {path} is damaged ({error}); delete the folder to start anew") from error
 
     def sensitivity(self) -> Sensitivity | None:
         """The table, or None if it has not been measured yet."""

@@ -9,14 +9,19 @@ import pytest
 from flax import nnx
 
 import unified_approx as ua
-from solvers.curves import error_curves, fit_columns, fit_rank
+from solvers.curves import ErrorCurves, error_curves, fit_columns, fit_rank
+from solvers.forms import largest_count
 from solvers.gram import gram_statistics, least_squares, linear_error, with_ridge
+from solvers.layer import minimum_budget
 from solvers.reconstruction import LayerProblem
 from solvers.terms import MatrixShape
 from unified_approx import datasets, evaluate, latency, zoo
 from unified_approx.allocation import Item, LayerMenu, choose, timing
+from unified_approx.allocation.assign import total_cost
+from unified_approx.allocation.menu import make_items
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, with_losses
+from unified_approx.cost import network_cost
 
 QUIET = {"progress": lambda event: None}
 FAST = {**QUIET, "rows": 1024, "batch_size": 50, "form": "columns"}
@@ -57,6 +62,17 @@ def test_curves_are_the_errors_of_the_fits(n, p):
             assert linear_error(stats, fit_rank(stats, r)) == pytest.approx(curves.low_rank[r], abs=1e-6)
 
 
+@pytest.mark.parametrize(("n", "p", "members"), [(16, 144, 9), (64, 576, 9), (512, 4608, 9), (10, 64, 1), (6, 18, 1)])
+def test_a_solve_gets_as_many_columns_as_the_menu_promised(n, p, members):
+    falling = np.linspace(0.99, 0, p + 1)
+    curves = ErrorCurves(order=np.arange(p), columns=falling, low_rank=falling[: n + 1], group_size=members)
+    shape = MatrixShape((3, 3), p // 9, n) if members == 9 else MatrixShape((), p, n)
+    items = make_items(curves, shape, 1, minimum_budget(shape), forms=("columns",))
+    for item in items[:-1]:
+        fraction = item.values / (n * p)
+        assert largest_count(fraction * (n * p), n, p, members) * members == item.size
+
+
 def test_whole_channels_are_offered_whole():
     stats, w = statistics(6, 18)
     with jax.enable_x64(True):
@@ -94,6 +110,26 @@ def test_knapsack_against_all_choices(limits, seed):
     assert all(sum(i.cost(name) for i in found.items) <= bound * (1 + 1e-9) for name, bound in bounds.items())
     assert found.loss == pytest.approx(min(sum(i.loss for i in c) for c in within), rel=1e-3, abs=1e-9)
     assert found.gap <= 1e-3
+
+
+def test_limits_that_cannot_be_met_together_say_by_how_much():
+    def item(values, macs):
+        return Item(form="columns", size=1, values=values, macs=macs, error=0.1, loss=0.1)
+
+    menu = LayerMenu(name="a", shape=(1, 10), positions=1, items=(item(1.0, 10.0), item(10.0, 1.0)))
+    with pytest.raises(ValueError, match=r"params, macs together.* params times 5\.000, or macs times 5\.000"):
+        choose([menu], {"params": 2.0, "macs": 2.0})
+
+
+@pytest.mark.parametrize("limits", [{"macs": 0.5}, {"params": 0.3, "macs": 0.6}])
+def test_the_same_fraction_everywhere_uses_the_budget_up_when_whole_channels_go(digits, limits):
+    arguments = {**FAST, "group": "channel", "allocation": "uniform"}
+    result = ua.compress(digits[0], digits[1], budget=ua.Budget(**limits), **arguments)
+    assert result.budget_met
+    before = network_cost(digits[0], digits[1][:2])
+    after = network_cost(result.model, digits[1][:2])
+    used = {name: total_cost(after, name) / total_cost(before, name) / limits[name] for name in limits}
+    assert max(used.values()) > 0.85  # channels that nothing reads went too, and others could stay for that
 
 
 def test_losses_are_interpolated_and_never_fall_with_the_error():

@@ -9,6 +9,7 @@ from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
 from unified_approx.narrow import as_dense
+from unified_approx.stages import compress_again
 
 FAST = {"form": "columns", "allocation": "uniform", "rows": 1024, "progress": lambda e: None}
 RECIPE = ua.Recipe(epochs=1, batch_size=64, augment=None, learning_rate=0.01)
@@ -57,6 +58,20 @@ def test_every_stage_is_smaller_and_the_report_counts_from_the_original(digits, 
     assert evaluate.accuracy(result.model, test, labels) > evaluate.accuracy(seen[1][1].model, test, labels)
 
 
+def test_a_layer_that_a_stage_leaves_keeps_its_factors_and_the_report_counts_them(digits):
+    model, x = digits[0], digits[1][:200]
+    low = ua.compress(model, x, budget=ua.Budget(params=0.3), **{**FAST, "form": "low_rank"}).model
+    only = [ua.Rule(path="conv3", form="columns", budget=ua.Budget(params=0.7), group="channel")]
+    again = compress_again(low, x, rules=[*only, ua.Rule(path=".*", keep=True)], **FAST)
+    assert [term.kind for term in again.model.conv2.terms] == ["low_rank"]
+    assert again.model.conv2.geometry.c_out < low.conv2.geometry.c_out  # conv3 reads few of its channels
+    cost = network_cost(again.model, x[:2])
+    assert (again.report.params, again.report.macs) == (cost.params, cost.macs)
+    rows = {row.name: row for row in again.report.layers}
+    assert rows["conv2"].params < rows["conv2"].original_params / 2
+    assert again.model.conv2.replaces.c_out == model.conv2.out_features
+
+
 def test_saved_and_loaded(digits, staged, tmp_path):
     result, test = staged[0], digits[3]
     result.save(tmp_path / "n.safetensors")
@@ -77,3 +92,9 @@ def test_saved_and_loaded(digits, staged, tmp_path):
 def test_bad_budgets(digits, budgets, message):
     with pytest.raises(ValueError, match=message):
         ua.compress_in_stages(digits[0], digits[1], budgets, lambda result, stage: result.model)
+
+
+def test_a_table_cannot_serve_several_stages(digits):
+    table = ua.sensitivity(digits[0], digits[1][:50], rows=256, progress=lambda e: None)
+    with pytest.raises(ValueError, match="sensitivity: every stage measures its own network"):
+        ua.compress_in_stages(digits[0], digits[1], BUDGETS, lambda result, stage: result.model, sensitivity=table)

@@ -85,13 +85,17 @@ def test_budgets_of_seconds_and_measured_speed(digits, tmp_path, monkeypatch):
     for module in (latency, timing, sweeping):
         monkeypatch.setattr(module, "measure_latency", seconds_by_size)
     arguments = {name: value for name, value in FAST.items() if name != "form"}
-    row, *_ = ua.sweep(
-        model, x, budgets=[ua.Budget(latency=0.8)], test=test, out=tmp_path / "t.parquet", timed=True, **arguments
-    )
-    assert row["budget"] == "latency=0.8"
-    assert row["budget_met"]
-    assert 1.25 <= row["speedup"] < 1.6
-    assert read_table(tmp_path / "t.parquet").to_pylist() == [row]
+    arguments |= {"budgets": [ua.Budget(latency=0.8), 0.6], "test": test, "out": tmp_path / "t.parquet"}
+    rows = ua.sweep(model, x, **arguments)
+    assert [row["speedup"] for row in rows] == [None, None]
+    assert len(list(tmp_path.glob("t-*-sensitivity*.json"))) == 2  # with seconds, and without
+    rows = ua.sweep(model, x, timed=True, **arguments)  # the same points, with what they lack
+    assert [row["budget"] for row in rows] == ["latency=0.8", "params=0.6"]
+    assert all(row["budget_met"] for row in rows)
+    assert 1.25 <= rows[0]["speedup"] < 1.6
+    assert read_table(tmp_path / "t.parquet").to_pylist() == rows
+    monkeypatch.setattr(sweeping, "_solve", None)  # nothing is left to do
+    assert ua.sweep(model, x, timed=True, **arguments) == rows
 
 
 def test_a_point_that_is_refused_costs_no_other(digits, tmp_path):
@@ -147,6 +151,7 @@ def test_dask_workers_one_of_which_is_killed(digits, tmp_path):
         ({"lambda_sparse": [0.1]}, "give budgets, or both"),
         ({"budgets": []}, "empty"),
         ({"budgets": [1.5]}, "not a fraction"),
+        ({"budgets": [0.5], "work_dir": "w"}, "work_dir: a sweep gives each point its own"),
     ],
 )
 def test_bad_points(digits, tmp_path, points, message):

@@ -1,6 +1,7 @@
 """Shares the budget of a network among its layers."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
@@ -20,6 +21,9 @@ from unified_approx.unread import remove_unread
 if TYPE_CHECKING:
     from unified_approx.run import Run
 
+Propose = Callable[..., tuple[dict[Path, Settings], Choice]]
+"""From factors on the limits to what each layer is asked for."""
+
 _REHEARSALS = 8
 _AIM, _FULL = 0.985, 0.96  # of the budget: where the search aims, and where it is content
 
@@ -38,10 +42,10 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
     budget, method = run.arguments.budget, run.arguments.allocation
     if budget is None or not any(s.open for s in run.settings.values()):
         return None
+    open_limits(run, budget)
     if method == "uniform":
-        run.settings |= assign_uniform(run, budget)
+        table, propose = None, partial(assign_uniform, run, budget)
     else:
-        open_limits(run, budget)
         if table is None:
             table = measure_sensitivity(run, method, step)
         elif table.identity != run.sensitivity_identity(table.method):
@@ -49,16 +53,17 @@ def allocate(run: "Run", table: Sensitivity | None, step: Callable[[int, int, st
                 "sensitivity: the table is of another network, other data or groups, or timed where this run is not "
                 "(or the other way round); leave it out"
             )
-        predictable = any(s.sized for s in run.settings.values() if s.open)
-        found, choice = (_rehearsed if predictable else assign_by_loss)(run, budget, table)
-        run.settings |= found
-        run.gap = choice.gap
+        propose = partial(assign_by_loss, run, budget, table)
+    predictable = any(s.sized for s in run.settings.values() if s.open)
+    found, choice = _rehearsed(run, budget, propose) if predictable else propose()
+    run.settings |= found
+    run.gap = None if table is None else choice.gap
     for site in run.capture.sites:
         check_reachable(site, run.settings[site.path])
     return table
 
 
-def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Path, Settings], Choice]:
+def _rehearsed(run: "Run", budget: Budget, propose: Propose) -> tuple[dict[Path, Settings], Choice]:
     """Settings under which the network as a whole keeps the budget, which its layers one by one do not tell.
 
     Channels that are not read go from other layers too, and layers take other times alone than in the network. So a
@@ -66,7 +71,7 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Pat
     """
     limits = budget.given()
     scale = dict.fromkeys(limits, 1.0)
-    found, choice = assign_by_loss(run, budget, table)
+    found, choice = propose()
     best: tuple[dict[Path, Settings], Choice] | None = None
     for _ in range(_REHEARSALS):
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
@@ -78,7 +83,7 @@ def _rehearsed(run: "Run", budget: Budget, table: Sensitivity) -> tuple[dict[Pat
         # Savings in two layers at once make the cost nearly quadratic in the limit: half a step never overshoots far.
         scale = {name: s * (_AIM / used[name]) ** 0.6 for name, s in scale.items()}
         try:
-            found, choice = assign_by_loss(run, budget, table, scale)
+            found, choice = propose(scale)
         except ValueError:  # moved below what the layers can reach: the budget itself is not at fault
             break
         if fits and max(used.values()) >= _FULL and choice.items == before.items:
@@ -103,11 +108,11 @@ def _rehearsal(run: "Run", found: Mapping[Path, Settings], choice: Choice) -> nn
     """
     made = {}
     sites = [site for site in run.capture.sites if site.path in found]
-    for site, item in zip(sites, choice.items, strict=True):
+    for seed, (site, item) in enumerate(zip(sites, choice.items, strict=True)):
         shape, form, size = site.geometry.matrix_shape, item.form, item.size
         if form == "dense":
             continue
         if not run.settings[site.path].sized:
             form, size = "low_rank", max(1, round(item.macs / run.positions(site) / (shape.n + shape.p)))
-        made[site.path] = run.module(site, sized_terms(form, size, shape), site.shift)
+        made[site.path] = run.module(site, sized_terms(form, size, shape, seed), site.shift)
     return assemble(run.model, made, run.capture.sites)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from solvers.forms import largest_count, largest_rank
 from solvers.layer import minimum_budget
 from unified_approx.allocation.knapsack import Choice, choose
-from unified_approx.allocation.menu import LayerMenu
+from unified_approx.allocation.menu import Item, LayerMenu
 from unified_approx.allocation.sensitivity import Sensitivity
 from unified_approx.allocation.timing import Clock
 from unified_approx.budget import Budget, UnreachableBudgetError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from unified_approx.run import Run
 
 DENSE = "dense pays best under the budget"
+NO_CHANNEL = "not one whole channel is within its share of the budget"
 
 
 def total_cost(cost: NetworkCost, name: str) -> float:
@@ -69,9 +71,14 @@ def _saved(settings: Settings) -> float:
     return 0.0 if settings.fraction is None else 1 - settings.fraction
 
 
-def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
-    """The same fraction for every open layer, or its least where that is more; the largest within all limits."""
-    sites, limits = _open_sites(run), open_limits(run, budget)
+def assign_uniform(
+    run: "Run", budget: Budget, scale: Mapping[str, float] | None = None
+) -> tuple[dict[Path, Settings], Choice]:
+    """The same fraction for every open layer, or its least where that is more; the largest within all limits.
+
+    Its "loss" is what it leaves away.
+    """
+    sites, limits = _open_sites(run), open_limits(run, budget, scale=scale)
     least = np.array([minimum_budget(s.geometry.matrix_shape) / _cost(run, s, "params") for s in sites])
     costs = {name: np.array([_cost(run, s, name) for s in sites]) for name in limits}
     _check_reachable(run, budget, limits, {name: float(cost @ least) for name, cost in costs.items()})
@@ -85,7 +92,34 @@ def assign_uniform(run: "Run", budget: Budget) -> dict[Path, Settings]:
         middle = (low + high) / 2
         low, high = (low, middle) if too_much(middle) else (middle, high)
     fractions = np.minimum(np.maximum(low if too_much(1.0) else 1.0, least), 1.0)
-    return {s.path: replace(run.settings[s.path], fraction=float(f)) for s, f in zip(sites, fractions, strict=True)}
+    items = tuple(_item_of(run, site, float(f)) for site, f in zip(sites, fractions, strict=True))
+    found = {}
+    for site, item, fraction in zip(sites, items, fractions, strict=True):
+        settings = run.settings[site.path]
+        if item.form == "dense":
+            found[site.path] = replace(settings, dense=NO_CHANNEL)
+        else:
+            found[site.path] = replace(_in_form(settings, item.form), fraction=float(fraction))
+    return found, Choice(items=items, loss=1 - float(np.mean(fractions)), gap=0.0)
+
+
+def _in_form(settings: Settings, form: str) -> Settings:
+    """In the form that was settled with the size, where it was."""
+    return replace(settings, options=replace(settings.options, form=form)) if settings.sized else settings
+
+
+def _item_of(run: "Run", site: LayerSite, fraction: float) -> Item:
+    """What a fraction of a layer stands for: whole channels where these are chosen, else that much of each cost."""
+    shape, settings = site.geometry.matrix_shape, run.settings[site.path]
+    values = fraction * shape.n * shape.p
+    if "columns" in settings.sized:
+        members = shape.p // shape.c_in
+        form, size = "columns", largest_count(values, shape.n, shape.p, members) * members
+        if not size:
+            form, size, values = "dense", shape.p, float(shape.n * shape.p)
+    else:
+        form, size = "low_rank", max(1, largest_rank(values, shape.n, shape.p, gauge=False))
+    return Item(form=form, size=size, values=values, macs=values * run.positions(site), error=0.0)
 
 
 def assign_by_loss(
@@ -104,9 +138,7 @@ def assign_by_loss(
             found[site.path] = replace(settings, dense=DENSE)
         else:
             fraction = max(item.values, minimum_budget(shape)) / (shape.n * shape.p)
-            if settings.sized:
-                settings = replace(settings, options=replace(settings.options, form=item.form))
-            found[site.path] = replace(settings, fraction=fraction, expected_loss=item.loss)
+            found[site.path] = replace(_in_form(settings, item.form), fraction=fraction, expected_loss=item.loss)
     return found, choice
 
 

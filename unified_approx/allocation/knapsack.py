@@ -1,7 +1,7 @@
 """One item of every menu so that all limits hold and the expected loss is least: a multiple-choice knapsack."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -11,6 +11,7 @@ from unified_approx.allocation.menu import Item, LayerMenu
 from unified_approx.budget import UnreachableBudgetError
 
 GAP = 1e-4  # relative to the optimum
+_SECONDS, _OUT_OF_TIME = 60, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,39 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
             LinearConstraint(one_each.tocsr(), 1, 1),
             LinearConstraint(costs / bounds[:, None], -np.inf, 1),
         ],
-        options={"mip_rel_gap": GAP, "time_limit": 60},
+        options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
     )
+    if found.x is None and found.status == _OUT_OF_TIME:
+        raise UnreachableBudgetError(
+            f"budget: no choice of sizes that meets the limits on {', '.join(limits)} together was found within "
+            f"{_SECONDS} s; relax one of them"
+        )
     if found.x is None:
         raise UnreachableBudgetError(
-            f"budget: no choice of sizes meets the limits on {', '.join(limits)} together; relax one of them"
+            f"budget: no choice of sizes meets the limits on {', '.join(limits)} together; relax one of them. With the "
+            f"others as they are: {_reachable(menus, limits)}"
         )
     chosen = np.flatnonzero(found.x > 0.5)
     return Choice(
         items=tuple(items[i] for i in chosen), loss=float(losses[chosen].sum()), gap=float(found.mip_gap or 0.0)
     )
+
+
+def _reachable(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> str:
+    """For each limit by how much it must grow while all others stay."""
+    words = []
+    for name, limit in limits.items():
+        others = {other: value for other, value in limits.items() if other != name}
+        least = _least(menus, name, others)
+        if least is not None and least > limit:
+            words.append(f"{name} times {least / limit:.3f}")
+    return ", or ".join(words) or "none of them alone is enough"
+
+
+def _least(menus: Sequence[LayerMenu], name: str, limits: Mapping[str, float]) -> float | None:
+    """The least of one cost within limits on others; None if these cannot be met either."""
+    cheap = [replace(menu, items=tuple(replace(item, loss=item.cost(name)) for item in menu.items)) for menu in menus]
+    try:
+        return choose(cheap, limits or {name: float("inf")}).loss
+    except UnreachableBudgetError:
+        return None

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from solvers.curves import ErrorCurves, fit_columns, fit_rank
-from solvers.forms import largest_rank
+from solvers.forms import largest_count, largest_rank
 from solvers.gram import GramStatistics
 from solvers.terms import MatrixShape, index_bits
 
@@ -88,7 +88,7 @@ def make_items(
 
 
 def _columns(curves: ErrorCurves, values: float, n: int, p: int) -> Item | None:
-    k = int(min((values - p / 32) // n, p)) // curves.group_size * curves.group_size
+    k = largest_count(values, n, p, curves.group_size) * curves.group_size
     if k < 1:
         return None
     return Item(

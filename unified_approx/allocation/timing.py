@@ -31,16 +31,17 @@ class Clock:
     layers: Mapping[str, float]
 
 
-def sized_terms(form: str, size: int, shape: MatrixShape) -> tuple[Term, ...]:
+def sized_terms(form: str, size: int, shape: MatrixShape, seed: int = 0) -> tuple[Term, ...]:
     """Terms of a form and size with arbitrary values: as fast as those that a solve will find.
 
-    Columns are whole input channels.
+    Columns are whole input channels, drawn at random: layers that read the same channels seldom choose alike.
     """
     n, p = shape.n, shape.p
     if form == "low_rank":
         return (LowRank(np.ones((n, size), np.float32), np.ones((size, p), np.float32), np.arange(p, dtype=np.int32)),)
-    channels = np.flatnonzero(np.arange(p) % shape.c_in < size * shape.c_in // p).astype(np.int32)
-    return (Columns(np.ones((n, len(channels)), np.float32), channels),)
+    kept = np.random.default_rng(seed).permutation(shape.c_in)[: size * shape.c_in // p]
+    columns = np.flatnonzero(np.isin(np.arange(p) % shape.c_in, kept)).astype(np.int32)
+    return (Columns(np.ones((n, len(columns)), np.float32), columns),)
 
 
 class LayerTimer:

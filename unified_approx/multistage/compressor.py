@@ -1,16 +1,16 @@
 """Multi-stage compression, step by step: some layers are factored, the network is trained, and around again."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from solvers.factor_sizes import Ranks, check_ranks, refusal
+from solvers.factor_sizes import Ranks, check_ranks, full_ranks, refusal
 from solvers.layer import LayerOptions
 from solvers.rank_rules import RankChoice, settle
 from unified_approx import calibration as examples
@@ -20,18 +20,17 @@ from unified_approx.budget import Budget
 from unified_approx.calling import Call, forward
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
-from unified_approx.macs import factored_layers
 from unified_approx.multistage.options import MuscoOptions, Step
 from unified_approx.multistage.ranking import Ranking
 from unified_approx.multistage.store import State, Store
-from unified_approx.narrow import as_dense
-from unified_approx.pipeline import Calibration, Result, compress
+from unified_approx.narrow import as_dense, shape_of
+from unified_approx.pipeline import Calibration, Result
 from unified_approx.report import LayerRow, ProgressCallback, Report
 from unified_approx.rules import Rule
 from unified_approx.run import Run
 from unified_approx.settings import make_arguments
 from unified_approx.sites import LayerSite
-from unified_approx.stages import with_history
+from unified_approx.stages import compress_again
 from unified_approx.work_dir import fingerprint
 
 
@@ -67,9 +66,10 @@ class Musco:
         self._arguments = {"call": self._call, **arguments}
         self._labels = labels
         self._original, self._model = model, model
-        self._first = first = self._run(model)
-        self._example, self._sites, self._skipped = first.example, first.capture.sites, first.capture.skipped
-        self._before, self._rows = first.cost, {site.name: first.dense_row(site) for site in first.capture.sites}
+        self._latest = first = self._run(as_dense(model))
+        self._example, self._skipped = first.example, first.capture.skipped
+        self._before = network_cost(model, self._example, call=self._call)
+        self._rows = {site.name: self._first_row(first, site) for site in first.capture.sites}
         self.names = self._selected()
         self._check_labels()
         self._trained = 0
@@ -139,8 +139,7 @@ class Musco:
         dense = as_dense(self._model)
         choices = self._choices(dense, list(turn))
         chosen = {name: choice.ranks for name, choice in choices.items() if choice.ranks is not None}
-        if chosen:
-            self._replace(dense, chosen)
+        warnings = self._replace(chosen) if chosen else ()
         cost = network_cost(self._model, self._example, call=self._call)
         made = {name: ranks for name, ranks in chosen.items() if self._rows[name].status == "compressed"}
         notes = {name: choice.note for name, choice in choices.items() if choice.note}
@@ -152,6 +151,7 @@ class Musco:
             notes=notes,
             params=cost.params,
             macs=cost.macs,
+            warnings=warnings,
         )
         self.history.append(step)
         self._save()
@@ -179,6 +179,7 @@ class Musco:
                 original_macs=self._before.macs,
                 seconds=sum(row.seconds for row in rows),
                 seed=self._arguments.get("seed", 0),
+                warnings=tuple(dict.fromkeys(w for step in self.history for w in step.warnings)),
             ),
         )
 
@@ -186,6 +187,27 @@ class Musco:
         """The network captured, no size settled."""
         given = {"budget": Budget(params=1.0), "options": self._layer_options(), **self._arguments}
         return Run(model, self._data, make_arguments(**given))
+
+    def _first_row(self, run: Run, site: LayerSite) -> LayerRow:
+        """The report's row of a layer as it was given, dense or factored."""
+        cost, row = self._before.layer(site.path), run.dense_row(site)
+        layer = get(self._original, site.path)
+        if not isinstance(layer, Factored):
+            return row
+        params = cost.params - (0 if layer.bias is None else layer.bias.size)
+        return replace(row, params=params, original_params=params, macs=cost.macs, original_macs=cost.macs)
+
+    def _current(self, dense: nnx.Module, *, weights_only: bool) -> Run:
+        """The network captured as it is; where weights alone count, the last time that its layers had these shapes."""
+        sites = self._sites
+        same = all(shape_of(cast(Any, get(dense, s.path))) == s.geometry.matrix_shape for s in sites)
+        if not (weights_only and same):
+            self._latest = self._run(dense)
+        return self._latest
+
+    @property
+    def _sites(self) -> Sequence[LayerSite]:
+        return self._latest.capture.sites
 
     def _layer_options(self) -> LayerOptions:
         return LayerOptions(gauge=False, data_aware=self.options.data_aware)
@@ -232,7 +254,8 @@ class Musco:
 
     def _identity(self) -> str:
         settings = {k: repr(v) for k, v in {**vars(self.options), **self._arguments}.items() if k != "call"}
-        return fingerprint(settings, self._original, self._data)
+        data = self._data if self._labels is None else (self._data, np.asarray(self._labels))
+        return fingerprint(settings, self._original, data)
 
     def _present(self, name: str, form: str) -> Ranks | None:
         """The ranks that a layer has in a form; None if it is dense, or of another form."""
@@ -245,13 +268,16 @@ class Musco:
     def _choices(self, dense: nnx.Module, names: list[str]) -> dict[str, RankChoice]:
         """Ranks of the layers of one step."""
         given, rule = self.options.ranks or {}, self.options.rank_rule
+        run = self._current(dense, weights_only=rule is None or rule.needs == "nothing")
         forms = {name: self._form(self._site(name)) for name in names}
         previous = {name: self._present(name, form) for name, form in forms.items()}
-        run = self._first if rule is None or rule.needs == "nothing" else self._run(dense)
         ranking = Ranking(run, dense, rule, self._labelled(), data_aware=self.options.data_aware)
         found = {}
         for site, problem in ranking.problems(forms, previous, without=given):
             asked = given.get(site.name)
+            if asked is not None:  # channels that nothing reads may be gone by now
+                full = full_ranks(problem.form, problem.shape)
+                asked = tuple(min(pair) for pair in zip(asked, full, strict=True))
             choice = RankChoice(asked) if asked is not None else rule.choose(problem) if rule is not None else None
             assert choice is not None
             found[site.name] = settle(choice, problem, 1 if asked is not None else self.options.round_to)
@@ -260,22 +286,23 @@ class Musco:
     def _labelled(self) -> tuple[Any, Any] | None:
         return None if self._labels is None else (self._data, self._labels)
 
-    def _replace(self, dense: nnx.Module, chosen: Mapping[str, Ranks]) -> None:
-        """Solve the chosen layers in network order, and put them in."""
+    def _replace(self, chosen: Mapping[str, Ranks]) -> tuple[str, ...]:
+        """Solve the chosen layers in network order, and put them in; what the user should know."""
         rules = [
             *(Rule(path=re.escape(n), form=self._form(self._site(n)), ranks=r) for n, r in chosen.items()),
             Rule(path=".*", keep=True),
         ]
         folder = None if self._store is None else self._store.layers_of(self.num_steps + 1)
         more = {"options": self._layer_options(), "progress": self._progress, "work_dir": folder}
-        result = compress(dense, self._data, rules=rules, **more, **self._arguments)
+        result = compress_again(self._model, self._data, rules=rules, **more, **self._arguments)
         for row in result.report.layers:
             if row.name in chosen and (row.status == "compressed" or self._rows[row.name].status != "compressed"):
                 old = self._rows[row.name]
                 self._rows[row.name] = replace(
                     row, original_params=old.original_params, original_macs=old.original_macs
                 )
-        self._model = with_history(result.model, factored_layers(self._model))
+        self._model = result.model
+        return result.report.warnings
 
     def _is_settled(self) -> bool:
         """Whether every layer was looked at, and a whole pass of steps changed nothing."""
