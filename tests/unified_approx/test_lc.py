@@ -1,5 +1,8 @@
 """The LC algorithm on the digits: it beats direct compression, watches itself, resumes exactly, refuses bad runs."""
 
+import itertools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,6 +241,44 @@ def test_another_runs_checkpoints_are_refused_and_kept(digits, l_step, tmp_path)
         with pytest.raises(ValueError, match="belongs to another run"):
             lc(model, asked, own, schedule, checkpoint_dir=folder, **more)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_optimizer_and_the_functions_of_a_run_are_known_again(digits):
+    """Their numbers as far as they can be seen, and their names; the same in two processes."""
+
+    def identity(**more):
+        return SgdLStep(digits[1][:9], digits[2][:9], **more).identity
+
+    def halved(x):
+        return x / 2
+
+    def last(model, x):
+        return model(x)
+
+    adam = lambda b1: lambda rate: optax.adam(rate, b1=b1)  # noqa: E731
+    assert identity() == identity()
+    assert identity(optimizer=adam(0.9)) == identity(optimizer=adam(0.9))
+    assert json.loads(json.dumps(identity(optimizer=adam(0.9)))) == identity(optimizer=adam(0.9))
+    assert "0x" not in json.dumps(identity(optimizer=adam(0.9)))
+    others = [identity(), identity(optimizer=adam(0.9)), identity(optimizer=adam(0.8))]
+    others += [identity(optimizer=lambda rate: optax.sgd(rate)), identity(prepare=halved), identity(call=last)]
+    clipped = lambda most: lambda rate: optax.chain(optax.clip_by_global_norm(most), optax.sgd(rate))  # noqa: E731
+    others += [identity(optimizer=clipped(most)) for most in (1.0, 2.0)]
+    assert all(a != b for a, b in itertools.combinations(others, 2))
+
+
+def test_a_run_is_not_resumed_with_another_measure(digits, tmp_path):
+    def zero(model):
+        return 0.0
+
+    def one(model):
+        return 1.0
+
+    run = [Task(path="fc", compression=PruneL0(9))], lambda model, penalty, step: model, [1.0]
+    lc(digits[0], *run, measure=zero, checkpoint_dir=tmp_path / "c")
+    lc(digits[0], *run, measure=zero, checkpoint_dir=tmp_path / "c")
+    with pytest.raises(ValueError, match="its measure differs"):
+        lc(digits[0], *run, measure=one, checkpoint_dir=tmp_path / "c")
 
 
 def test_monitors_speak(digits):

@@ -22,6 +22,7 @@ from unified_approx.learning_compression.result import LcResult, Step, compresse
 from unified_approx.learning_compression.run_state import Best, Run, open_store
 from unified_approx.learning_compression.schedules import checked_schedule
 from unified_approx.learning_compression.tasks import Task, resolve
+from unified_approx.learning_compression.visible import name_of
 from unified_approx.pieces import Piece, parameters_of
 
 __all__ = ["LcResult", "LcStoppedError", "Step", "checked_schedule", "lc"]
@@ -76,11 +77,13 @@ def lc(
     mus = checked_schedule(mu_schedule)
     pieces = resolve(tasks, model)
     moves = getattr(mu_schedule, "moves_multipliers", lambda step: True)
-    alternation = _Alternation(pieces, l_step, measure or getattr(l_step, "measure", None))
+    measure = measure or getattr(l_step, "measure", None)
+    alternation = _Alternation(pieces, l_step, measure)
     run = alternation.begin(model)
     store = None
     if checkpoint_dir is not None:
         settings = {"mu": mus, "moves": [moves(step) for step in range(len(mus))], "augmented": augmented}
+        settings["measure"] = name_of(measure)
         store = open_store(checkpoint_dir, model, pieces, settings, l_step)
         run = run.restored(store)
     for step in range(len(run.history) - 1, len(mus)):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, Shaped
 from unified_approx.calling import Call, forward
 from unified_approx.files import fingerprint_of
 from unified_approx.learning_compression.penalty import Penalty
+from unified_approx.learning_compression.visible import name_of, settings_of
 from unified_approx.loop import MOVING, Carry, Inputs, Loop, Prepare, runs_in_loops
 from unified_approx.objectives import CrossEntropy, Objective
 
@@ -148,6 +149,7 @@ class SgdLStep:
         self._teacher = (None, None) if teacher is None else nnx.split(_evaluating(teacher))
         momentum = schedule.momentum
         make = optimizer or (lambda rate: optax.sgd(rate, momentum=momentum, nesterov=True))
+        self._make = make
         named = optax.inject_hyperparams(lambda learning_rate: make(learning_rate))
         self._optimizer = named(learning_rate=schedule.learning_rate)
 
@@ -160,6 +162,9 @@ class SgdLStep:
             "measured": self._measured,
             "data": fingerprint_of(self._data),
             "optimizer": str(jax.tree.structure(self._optimizer.init({}))),
+            "optimizer_settings": settings_of(self._make(1.0).update),
+            "prepare": name_of(self._prepare),
+            "call": name_of(self._call),
             "teacher": None if self._teacher[0] is None else fingerprint_of(nnx.to_pure_dict(self._teacher[1])),
         }
         return {**asdict(self.schedule), **known}
