@@ -57,7 +57,7 @@ class Plan:
             are tried, and the nats that the network's output is expected to lose by it (None where not measured).
         kept: names that a rule keeps.
         skipped: name and reason of the layers that cannot be compressed.
-        minimum_params: the smallest reachable budget, as a fraction of each selected layer.
+        minimum_params: the smallest budget that all layers together can reach, as a fraction of the network.
         memory_mb: estimate of the peak working memory beyond JAX itself, in MB (10^6 bytes).
         seconds: estimate of the time of the solves.
         dense: name and reason of the layers that the budget leaves as they are.
@@ -298,7 +298,7 @@ class Run:
 
     def plan(self) -> Plan:
         """What would be done, with estimates from the sizes of the layers."""
-        layers, least, memory, flops = [], 0.0, 0.0, 0.0
+        layers, spared, memory, flops = [], 0.0, 0.0, 0.0
         fitted = self.held_out_from
         for site in self.capture.sites:
             settings = self.settings[site.path]
@@ -319,7 +319,7 @@ class Run:
                     "expected_loss": settings.expected_loss,
                 }
             )
-            least = max(least, minimum_budget(shape) / (n * p))
+            spared += n * p - minimum_budget(shape)
             memory = max(memory, 1.25 * d * (p + 3 * n) * 4 + 20 * p * p * 8)
             flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
         dense = [(s.name, reason) for s in self.capture.sites if (reason := self.settings[s.path].dense)]
@@ -329,7 +329,7 @@ class Run:
             kept=tuple(name for name, reason in dense if reason == BY_RULE),
             dense=tuple((name, reason) for name, reason in dense if reason != BY_RULE),
             skipped=tuple((s.name, s.reason) for s in self.capture.skipped),
-            minimum_params=least,
+            minimum_params=1 - spared / total_cost(self.cost, "params"),
             memory_mb=(memory + 2 * sum(a.nbytes for a in jax.tree.leaves(self.data))) / 1e6,
             seconds=flops / 50e9 + 3.0 * len({row["shape"] for row in layers}),
         )

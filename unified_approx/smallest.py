@@ -54,7 +54,7 @@ def smallest(
         )
     if not hasattr(data, "ndim"):
         raise ValueError(
-            f"calibration: a {type(data).__name__}; Budget(max_drop={max_drop:g}) measures accuracy on one array of inputs"
+            f"calibration: a {type(data).__name__}; Budget(max_drop={max_drop:g}) measures accuracy on one array"
         )
     held = max(1, round(arguments["held_out"] * count))
     call = arguments["call"] or forward
