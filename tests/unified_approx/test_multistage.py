@@ -1,5 +1,6 @@
 """Multi-stage compression on the digits and on tiny networks: steps, ranks, what stays dense, resuming, bad input."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from unified_approx import datasets, evaluate, multistage, zoo
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
+from unified_approx.multistage import compressor
 from unified_approx.multistage.ranking import factor_positions
 from unified_approx.narrow import as_dense
 
@@ -254,6 +256,58 @@ def test_a_killed_run_resumes_and_ends_with_the_same_network(digits, tmp_path):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged"):
         ua.musco(model, x[:200], work_dir=tmp_path, **arguments)
+
+
+def test_a_network_that_is_factored_already_is_factored_anew(digits, tmp_path):
+    model, x, _, _, _ = digits
+    arguments: dict[str, Any] = {"keep": ["conv1", "fc"], **FAST}
+    first = ua.musco(model, x[:200], rank_rule=Rate(params=2.0), **arguments)
+    again = ua.musco(first.model, x[:200], rank_rule=Rate(params=2.0), work_dir=tmp_path, **arguments)
+    rows = {row.name: row for row in again.report.layers}
+    assert again.report.original_params == first.report.params
+    for name in ("conv2", "conv3"):
+        old, new = (layer_of(result.model, name).terms[0] for result in (first, again))
+        assert sum(new.ranks) < sum(old.ranks)
+        assert rows[name].status == "compressed"
+        assert rows[name].params <= rows[name].original_params / 2
+    resumed = ua.musco(first.model, x[:200], rank_rule=Rate(params=2.0), work_dir=tmp_path, **arguments)
+    assert resumed.report.params == again.report.params
+    with pytest.raises(ValueError, match="belongs to another run"):
+        ua.musco(first.model, x[:200], rank_rule=Rate(params=2.0), work_dir=tmp_path, labels=np.zeros(200), **arguments)
+
+
+@pytest.mark.parametrize("rule", [Rate(params=1.3), Evbmf(weakening=0.5, least=2, noise=1e-3)])
+def test_layers_that_lost_channels_are_taken_as_they_are_by_then(rule):
+    """Nothing reads some channels of a, so that b and c are narrower after the first step."""
+
+    def make():
+        parts = {"a": conv(3, 12), "b": conv(12, 12), "c": conv(12, 12), "d": linear(12 * 64, 3)}
+        net = build(lambda: Fn(lambda m, x: m.d(flat(nnx.relu(m.c(nnx.relu(m.b(nnx.relu(m.a(x)))))))), **parts))
+        for name in ("b", "c"):
+            layer = getattr(net, name)
+            layer.kernel[...] = layer.kernel[...].at[:, :, 3:6].set(0)
+        return net
+
+    x = np.random.default_rng(0).standard_normal((40, 8, 8, 3)).astype(np.float32)
+    steps = []
+    arguments: dict[str, Any] = {"rank_rule": rule, "data_aware": False, "layers_per_step": 1, "keep": ["d"]}
+    result = ua.musco(make(), x, on_step=steps.append, ranks={"c": (12, 12)}, stages=2, **arguments, **FAST)
+    assert len(steps) >= 3
+    assert evaluate.predict(result.model, x).shape == (40, 3)
+    assert all(geometry.c_in in (3, 9) for geometry in (m.geometry for m in factored_layers(result.model).values()))
+
+
+def test_warnings_of_all_steps_are_in_the_report(digits, monkeypatch):
+    model, x, _, _, _ = digits
+    solve, texts = compressor.compress_again, iter(["once", "twice", "twice"])
+
+    def warns(*args, **arguments):
+        result = solve(*args, **arguments)
+        return replace(result, report=replace(result.report, warnings=(next(texts),)))
+
+    monkeypatch.setattr(compressor, "compress_again", warns)
+    result = ua.musco(model, x[:200], rank_rule=Rate(params=2.0), layers_per_step=1, keep=["conv1"], **FAST)
+    assert result.report.warnings == ("once", "twice")
 
 
 def test_positions_are_those_that_the_layers_count(digits):

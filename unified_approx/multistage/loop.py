@@ -43,8 +43,9 @@ def musco(
     """Factor some layers, train, go on with the next ones, and around again with smaller ranks.
 
     Stops when all passes are made, the target is reached, or a whole pass changed nothing. A layer that would not
-    become smaller stays as it is, with the reason in the report. Layers that are factored already are factored anew,
-    from the matrix that they stand for, by the ranks of their core. Grouped convolutions stay dense and are listed.
+    become smaller, or would need more multiply-adds, stays as it is, with the reason in the report. Layers that are
+    factored already, by an earlier step or before, are factored anew, from the matrix that they stand for, by the ranks
+    of their core. Grouped convolutions stay dense and are listed.
 
     Args:
         model: a Flax NNX network; it is not changed.

@@ -20,6 +20,7 @@ class Step:
         notes: why the others were not, and what else the rule said, by name.
         params: stored values of the network after it.
         macs: multiply-adds per example after it.
+        warnings: what the user should know.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Step:
     notes: dict[str, str]
     params: int
     macs: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

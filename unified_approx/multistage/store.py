@@ -78,7 +78,10 @@ class Store:
             return None
         try:
             found = json.loads(file.read_text())
-            steps = [{**line, "ranks": {n: tuple(r) for n, r in line["ranks"].items()}} for line in found["history"]]
+            steps = [
+                {**line, "ranks": {n: tuple(r) for n, r in line["ranks"].items()}, "warnings": tuple(line["warnings"])}
+                for line in found["history"]
+            ]
             rows = {name: LayerRow(**{**row, "shape": tuple(row["shape"])}) for name, row in found["rows"].items()}
             network = self._folder / str(found["network"])
             return State(load(network, like=original), [Step(**step) for step in steps], int(found["trained"]), rows)
