@@ -116,7 +116,10 @@ def test_rules_keep_and_override(digits):
     planned = ua.plan(model, images, budget=ua.Budget(params=0.5), rules=rules)
     assert planned.kept == (first,)
     assert all(r["values"] == pytest.approx(0.8 * np.prod(r["shape"])) for r in planned.layers)
-    assert planned.minimum_params < 0.2
+    keep = {"rules": rules[:1], "allocation": "uniform"}
+    least = ua.plan(model, images, budget=ua.Budget(params=0.9), **keep).minimum_params
+    with pytest.raises(ValueError, match=f"the smallest that can be reached, params={least:.4f}"):
+        ua.plan(model, images, budget=ua.Budget(params=least * 0.999), **keep)
     assert planned.seconds > 0
     assert planned.memory_mb > 0
 
