@@ -81,6 +81,8 @@ class CrossEntropy:
 class RegularizedCrossEntropy(CrossEntropy):
     """Cross entropy, plus l1 sum |w| + group sum_c ||w_c||_2 over all kernels, w_c the weights of one input feature.
 
+    Of factored layers every factor counts as a kernel, w_c the weights of its last axis.
+
     Small weights (whole columns of a layer's matrix) shrink before they are pruned: Han et al. (2015), section 3.1.
 
     Attributes:
@@ -99,7 +101,8 @@ class RegularizedCrossEntropy(CrossEntropy):
     def observe(self, call: Forward, model: nnx.Module, x: Array) -> Any:
         """The logits, and the penalty."""
         logits = call(model, x)
-        kernels = [leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model)) if path[-1] == "kernel"]
+        values = [leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+        kernels = [value for value in values if value.ndim > 1]
         absolute = sum((jnp.sum(jnp.abs(w)) for w in kernels), jnp.zeros(()))
         columns = sum((jnp.sum(_norms(w.reshape(-1, w.shape[-1]))) for w in kernels), jnp.zeros(()))
         return logits, self.l1 * absolute + self.group * columns

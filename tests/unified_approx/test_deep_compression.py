@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from solvers.compressions import AdaptiveCodebook, PruneBelow, PruneQuantize
-from unified_approx import Recipe, datasets, finetune_compressed, load, pack, save, zoo
+from unified_approx import Recipe, datasets, finetune_compressed, load, musco, pack, save, zoo
 from unified_approx.assemble import get
 from unified_approx.deep_compression import (
     as_pruned,
@@ -24,7 +24,7 @@ from unified_approx.layers import Factored
 from unified_approx.learning_compression.tasks import kernels_of
 from unified_approx.narrow import as_dense
 from unified_approx.objectives import CrossEntropy, RegularizedCrossEntropy
-from unified_approx.pieces import parameters_of
+from unified_approx.pieces import parameters_of, with_values
 from unified_approx.sites import path_name
 
 RECIPE = Recipe(epochs=2, batch_size=64, learning_rate=0.02, weight_decay=0.0, augment=None)
@@ -100,6 +100,51 @@ def test_zeros_of_any_origin_are_held(digits):
     )
     trained = finetune_compressed(as_pruned(masked), x, y, RECIPE)
     np.testing.assert_array_equal(parameters_of(trained.model)[path] == 0, parameters_of(masked)[path] == 0)
+
+
+def test_thresholds_of_several_steps(digits):
+    model, x, y, *_ = digits
+    counts = []
+    prune(
+        model,
+        x[:256],
+        y[:256],
+        {"conv2": [PruneBelow(0.5), PruneBelow(1.0)]},
+        recipe=RECIPE,
+        progress=lambda before, after: counts.append(int(jnp.count_nonzero(after.model.conv2.kernel[...]))),
+    )
+    assert 0 < counts[1] < counts[0] < model.conv2.kernel.size
+
+
+def test_factors_are_pruned_and_shared_as_kernels_are(digits):
+    model, x, *_ = digits
+    small = musco(model, x[:64], ranks={"conv2": (8, 8)}, rank_rule=None, rows=256, progress=lambda e: None).model
+    values = parameters_of(small)
+    factors = [path for path, value in values.items() if path[0] == "conv2" and value.ndim > 1]
+    assert len(factors) == 3
+    zeros = {path: np.abs(values[path]) > 0.5 * np.std(values[path]) for path in factors}
+    sparse = with_masks(small, zeros)
+    assert masks_of(sparse).keys() == set(factors)
+    held = as_pruned(sparse, "conv2")
+    assert {path for piece in held.pieces for path in piece.paths} == set(factors)
+    for path, value in parameters_of(share(held, 2, layers="conv2").model).items():
+        if path in factors:
+            np.testing.assert_array_equal(value != 0, zeros[path])
+            assert len(np.unique(value)) <= 5
+    penalty = RegularizedCrossEntropy(l1=1.0).observe(lambda m, x: m(x), sparse, jnp.asarray(x[:2]))[1]
+    expected = sum(float(jnp.sum(jnp.abs(v))) for v in parameters_of(sparse).values() if v.ndim > 1)
+    np.testing.assert_allclose(penalty, expected, rtol=1e-5)
+
+
+def test_negative_zeros_become_zeros(digits):
+    """A mask by multiplication leaves -0.0, which would be packed as a value of its own."""
+    kernel = np.asarray(digits[0].conv2.kernel[...])
+    negative = np.where(np.abs(kernel) > np.std(kernel), kernel, np.float32(-0.0))
+    model = with_values(digits[0], {("conv2", "kernel"): jnp.asarray(negative)})
+    for clean in (with_masks(model, masks_of(model)), as_pruned(model, "conv2").model):
+        found = np.asarray(clean.conv2.kernel[...])
+        np.testing.assert_array_equal(found, negative)
+        assert not np.signbit(found[found == 0]).any()
 
 
 def test_penalties_shrink_weights(digits):

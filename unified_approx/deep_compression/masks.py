@@ -11,17 +11,17 @@ from jaxtyping import Array, Bool
 from solvers.compressions import PruneL0
 from unified_approx.learning_compression import LcResult, Task, direct_compression
 from unified_approx.learning_compression.tasks import kernels_of, resolve
+from unified_approx.macs import factored_layers
 from unified_approx.pieces import parameters_of, with_values
 from unified_approx.sites import Path, path_name
 
 Masks = Mapping[Path, Bool[Array, "..."]]
-"""Of kernels, by path: which weights stay."""
+"""Of kernels and factors, by path: which weights stay."""
 
 
 def masks_of(model: nnx.Module) -> dict[Path, Bool[Array, "..."]]:
-    """Of all kernels of convolutions and dense layers that have zeros."""
-    kernels = kernels_of(model)
-    masks = {path: value != 0 for path, value in parameters_of(model).items() if path in kernels}
+    """Of all matrices and kernels, factors of factored layers too, that have zeros."""
+    masks = {path: value != 0 for path, value in parameters_of(model).items() if value.ndim > 1}
     return {path: mask for path, mask in masks.items() if not bool(mask.all())}
 
 
@@ -43,13 +43,13 @@ def as_pruned(model: nnx.Module, layers: str = ".*") -> LcResult:
     """A network with its zeros as something that `finetune_compressed` holds and `share` leaves out.
 
     Args:
-        model: with zeros in kernels of whatever origin.
+        model: with zeros in kernels, or factors of factored layers, of whatever origin.
         layers: regular expression for whole names of layers.
 
     Raises:
         ValueError: a pattern that names no layer, or layers without any weight that is not zero.
     """
-    pieces = resolve([Task(path=layers, compression=PruneL0(1.0))], model)
+    pieces = resolve([Task(path=name, compression=PruneL0(1.0)) for name in _names(model, layers)], model)
     values = parameters_of(model)
     tasks = []
     for piece in pieces:
@@ -59,3 +59,12 @@ def as_pruned(model: nnx.Module, layers: str = ".*") -> LcResult:
         tasks.append(Task(path=re.escape(piece.name), compression=PruneL0(kept)))
     found = direct_compression(model, tasks)
     return replace(found, history=())
+
+
+def _names(model: nnx.Module, layers: str) -> list[str]:
+    """Patterns of the layers' kernels and, of factored layers, of their factors; the given one if there are none."""
+    values, factored = parameters_of(model), factored_layers(model)
+    owners = {path: path[:-1] for path in kernels_of(model)}
+    owners |= {p: own for own in factored for p, v in values.items() if p[: len(own)] == own and v.ndim > 1}
+    named = [path for path in values if path in owners and re.fullmatch(layers, path_name(owners[path]))]
+    return [re.escape(path_name(path if owners[path] in factored else owners[path])) for path in named] or [layers]

@@ -38,7 +38,7 @@ def prune(
     model: nnx.Module,
     x: Shaped[np.ndarray | Array, "examples ..."],
     y: Int[np.ndarray | Array, " labels"],
-    kept: Mapping[str, float | PruneBelow | Sequence[float]],
+    kept: Mapping[str, float | PruneBelow | Sequence[float | PruneBelow]],
     *,
     recipe: Recipe = RECIPE,
     checkpoint_dir: str | PathLike[str] | None = None,
@@ -54,7 +54,8 @@ def prune(
         x: training images, as the augmentation of the recipe wants them.
         y: labels.
         kept: by regular expression for whole names of layers: the fraction of weights that stay; several for as many
-            steps, for example `gradual(0.08, 5)`; or `PruneBelow`, a threshold in standard deviations.
+            steps, for example `gradual(0.08, 5)`; or `PruneBelow`, a threshold in standard deviations, or several. What
+            is zero stays zero.
         recipe: of the training after every step. `RegularizedCrossEntropy` as `objective` adds penalties to it.
         checkpoint_dir: a folder with a folder for each step, from which a killed run goes on.
         progress: called after every step with the network before and after it was trained.
@@ -83,10 +84,14 @@ def prune(
     return replace(done[-1], history=tuple(lines), best=steps - 1)
 
 
-def _schedule(pattern: str, kept: float | PruneBelow | Sequence[float]) -> tuple[PruneL0 | PruneBelow, ...]:
-    if isinstance(kept, PruneBelow):
-        return (kept,)
-    fractions = [kept] if isinstance(kept, float | int) else list(kept)
-    if not fractions or not all(0 < f <= 1 for f in fractions) or sorted(fractions, reverse=True) != fractions:
-        raise ValueError(f"kept: {kept} of {pattern!r}; give fractions in (0, 1], none larger than the one before")
-    return tuple(PruneL0(float(f)) for f in fractions)
+def _schedule(
+    pattern: str, kept: float | PruneBelow | Sequence[float | PruneBelow]
+) -> tuple[PruneL0 | PruneBelow, ...]:
+    given = list(kept) if isinstance(kept, Sequence) else [kept]
+    fractions = [each for each in given if not isinstance(each, PruneBelow)]
+    in_order = sorted(fractions, reverse=True) == fractions and all(0 < f <= 1 for f in fractions)
+    if not given or not in_order or 0 < len(fractions) < len(given):
+        raise ValueError(
+            f"kept: {kept} of {pattern!r}; give fractions in (0, 1], none larger than the one before, or PruneBelow"
+        )
+    return tuple(each if isinstance(each, PruneBelow) else PruneL0(float(each)) for each in given)
