@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import published
 import typer
+from cifar10_targets import checks_of
 from flax import nnx
 
 import unified_approx as ua
@@ -130,7 +131,8 @@ def main(
     trained = f"-{epochs}epochs-{learning_rate:g}{how}" if epochs else ""
     out = json_file or RESULTS / f"cifar10-{name}{trained}.json"
     command = shlex.join(["python", "experiments/cifar10_table.py", *flags(asked)])
-    write_results(out, command, [row], seconds=time.perf_counter() - start, seed=seed, quick=quick)
+    checks, seconds = checks_of(row), time.perf_counter() - start
+    write_results(out, command, [row], checks, seconds=seconds, seed=seed, quick=quick)
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
 
 

@@ -3,6 +3,26 @@
 import json
 
 import cifar10_table
+import pytest
+from cifar10_targets import checks_of
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"network": "resnet20", "macs_ratio": 1.6, "accuracy": 91.6}, {"accuracy": (91.5, True)}),
+        ({"network": "resnet20", "macs_ratio": 2.1, "accuracy": 90.9}, {"accuracy": (91.0, False)}),
+        ({"network": "resnet20", "macs_ratio": 2.1, "accuracy": 90.0, "form": "columns"}, {}),
+        ({"network": "resnet20", "macs_ratio": 2.1, "accuracy": 90.0, "finetune_epochs": 1}, {}),
+        (
+            {"network": "vgg16", "macs_ratio": 4.0, "speedup": 3.0, "cr": 5.0, "drop": 0.3},
+            {"drop": (0.4, True), "speedup": (2.2, True), "speedup/macs_ratio": (0.7, True)},
+        ),
+    ],
+)
+def test_a_row_is_held_to_the_hardest_target_that_it_is_small_enough_for(row, expected):
+    found = checks_of({"form": "best", "allocation": "kl", "finetune_epochs": 0, "params_ratio": 1.0, "cr": 1.0, **row})
+    assert {figure: (check["target"], check["holds"]) for figure, check in found.items()} == expected
 
 
 def test_a_row_says_what_was_done(data_dir, models_dir, tmp_path):
