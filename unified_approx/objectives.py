@@ -101,8 +101,8 @@ class RegularizedCrossEntropy(CrossEntropy):
     def observe(self, call: Forward, model: nnx.Module, x: Array) -> Any:
         """The logits, and the penalty."""
         logits = call(model, x)
-        values = [leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-        kernels = [value for value in values if value.ndim > 1]
+        kernels = [leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model)) if path[-1] == "kernel"]
+        kernels += [factor for _, m in nnx.iter_modules(model) if isinstance(m, Factored) for factor in _factors(m)]
         absolute = sum((jnp.sum(jnp.abs(w)) for w in kernels), jnp.zeros(()))
         columns = sum((jnp.sum(_norms(w.reshape(-1, w.shape[-1]))) for w in kernels), jnp.zeros(()))
         return logits, self.l1 * absolute + self.group * columns
@@ -111,6 +111,12 @@ class RegularizedCrossEntropy(CrossEntropy):
         """See the class."""
         logits, penalty = student
         return super().loss(logits, None if teacher is None else teacher[0], labels) + penalty
+
+
+def _factors(layer: Factored) -> list[Array]:
+    """Those of a factored layer, also where they are computed from what is trained."""
+    values = [leaf[...] for _, leaf in nnx.to_flat_state(nnx.state(layer))]
+    return [value for value in values if value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)]
 
 
 def _norms(rows: Float[Array, "rows n"]) -> Float[Array, " rows"]:
