@@ -260,6 +260,14 @@ def test_the_least_that_is_named_can_be_had(digits, table):
     assert all(layer["expected_loss"] > 0 and layer["forms"] for layer in plan.layers)
 
 
+def test_whole_channels_reach_less_than_the_layers_one_by_one(digits):
+    """A layer of one channel leaves its producer one row: budgets that no layer alone could pay for are met."""
+    model, x, *_ = digits
+    share = 9 * (32 * 1 + 64 * 1 + 64 * 1) / network_cost(model, x[:2]).params  # of one channel for each convolution
+    result = ua.compress(model, x, budget=ua.Budget(params=0.5 * share), group="channel", **FAST)
+    assert result.budget_met
+
+
 def test_ranks_among_whole_channels(digits):
     arguments = {"form": "low_rank", "group": "channel", "rows": 1024, "batch_size": 50}
     plan = ua.plan(digits[0], digits[1], budget=ua.Budget(params=0.5), **arguments)

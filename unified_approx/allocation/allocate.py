@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
@@ -12,7 +13,7 @@ from unified_approx.allocation.knapsack import Choice
 from unified_approx.allocation.sensitivity import Sensitivity
 from unified_approx.allocation.timing import sized_terms
 from unified_approx.assemble import assemble
-from unified_approx.budget import Budget
+from unified_approx.budget import Budget, UnreachableBudgetError
 from unified_approx.cost import network_cost
 from unified_approx.settings import Settings, check_reachable
 from unified_approx.sites import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Propose = Callable[..., tuple[dict[Path, Settings], Choice]]
 """From factors on the limits to what each layer is asked for."""
 
-_REHEARSALS = 8
+_REHEARSALS, _LOOSER = 8, 20
 _AIM, _FULL = 0.985, 0.96  # of the budget: where the search aims, and where it is content
 
 
@@ -70,12 +71,13 @@ def _rehearsed(run: "Run", budget: Budget, propose: Propose) -> tuple[dict[Path,
     network of the chosen sizes is built and costed, and the limits are moved until it just fits.
     """
     limits = budget.given()
-    scale = dict.fromkeys(limits, 1.0)
-    found, choice = propose()
+    scale, least = dict.fromkeys(limits, 1.0), dict.fromkeys(limits, inf)
+    found, choice = _first(propose, scale)
     best: tuple[dict[Path, Settings], Choice] | None = None
     for _ in range(_REHEARSALS):
         used = {name: cost / limits[name] for name, cost in _costs(run, _rehearsal(run, found, choice), limits).items()}
         fits, before = max(used.values()) <= 1, choice
+        least = {name: min(least[name], cost * limits[name]) for name, cost in used.items()}
         if fits and (best is None or choice.loss < best[1].loss):
             best = found, choice
         if fits and min(used.values()) >= _FULL:
@@ -88,7 +90,27 @@ def _rehearsed(run: "Run", budget: Budget, propose: Propose) -> tuple[dict[Path,
             break
         if fits and max(used.values()) >= _FULL and choice.items == before.items:
             break  # what is not used up does not bind
+    if best is None and min(scale.values()) > 1:  # even what the layers can do at most was too much
+        reached = ", ".join(f"{name}={value:.4f}" for name, value in least.items())
+        raise UnreachableBudgetError(
+            f"budget: {budget.describe()} is below the smallest that can be reached, {reached}; raise it, or let more "
+            "layers be compressed"
+        )
     return (found, choice) if best is None else best
+
+
+def _first(propose: Propose, scale: dict[str, float]) -> tuple[dict[Path, Settings], Choice]:
+    """The first proposal. Limits that the layers one by one cannot meet are raised in `scale` until they can.
+
+    Channels that nothing reads may then make up for it.
+    """
+    for _ in range(_LOOSER):
+        try:
+            return propose(scale)
+        except UnreachableBudgetError:
+            for name in scale:
+                scale[name] *= 1.25
+    return propose(scale)
 
 
 def _costs(run: "Run", network: nnx.Module, names: Collection[str]) -> dict[str, float]:
