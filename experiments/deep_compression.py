@@ -42,7 +42,7 @@ class Setting:
         steps: of the pruning.
         tuning: recipe of the training after every step.
         bits: of codes, by layer.
-        tasks: of the LC algorithm.
+        tasks: of the LC algorithm, by row: shared weights that stay, and these beside a low rank.
         published: errors in percent of reference and result, and bytes, Han et al. (2016), table 1.
         limits: error in percent of the reference, bytes of the file.
     """
@@ -53,7 +53,7 @@ class Setting:
     steps: int
     tuning: Recipe
     bits: dict[str, dict[str, int]]
-    tasks: str
+    tasks: dict[str, str]
     schedule: Schedule
     published: tuple[float, float, int]
     limits: tuple[float, int]
@@ -71,7 +71,11 @@ SETTINGS = {
         steps=6,
         tuning=Recipe(epochs=10, learning_rate=0.05, weight_decay=1e-4, **PLAIN),
         bits={"published": {"fc.": 6}, "smaller": {"fc.": 3}},
-        tasks="fc1=prune_quantize(0.03,8),fc2=prune_quantize(0.07,8),fc3=prune_quantize(0.3,8)",
+        tasks={
+            "lc": "fc1=prune_quantize(0.03,8),fc2=prune_quantize(0.07,8),fc3=prune_quantize(0.3,8)",
+            "lc_sparse_low_rank": "fc1=low_rank(1)+prune_quantize(0.02,8),fc2=low_rank(1)+prune_quantize(0.05,8),"
+            "fc3=prune_quantize(0.3,8)",
+        },
         schedule=Schedule(epochs=4, batch_size=128, learning_rate=0.05, decay=0.98),
         published=(1.64, 1.58, 27_000),
         limits=(1.64, 27_000),
@@ -86,8 +90,12 @@ SETTINGS = {
         steps=4,
         tuning=Recipe(epochs=3, learning_rate=0.03, weight_decay=1e-4, **PLAIN),
         bits={"published": {"conv.": 8, "fc.": 5}, "smaller": {"conv.": 4, "fc.": 3}},
-        tasks="conv1=prune_quantize(0.5,16),conv2=prune_quantize(0.07,16),fc1=prune_quantize(0.012,8),"
-        "fc2=prune_quantize(0.15,8)",
+        tasks={
+            "lc": "conv1=prune_quantize(0.5,16),conv2=prune_quantize(0.07,16),fc1=prune_quantize(0.012,8),"
+            "fc2=prune_quantize(0.15,8)",
+            "lc_sparse_low_rank": "conv1=prune_quantize(0.5,16),conv2=low_rank(1)+prune_quantize(0.05,16),"
+            "fc1=low_rank(1)+prune_quantize(0.009,8),fc2=prune_quantize(0.15,8)",
+        },
         schedule=Schedule(epochs=1, batch_size=128, learning_rate=0.03, decay=0.98),
         published=(0.80, 0.74, 44_000),
         limits=(0.80, 44_000),
@@ -138,12 +146,14 @@ class Pipeline:
         for size in self.setting.kept:
             rows += self._made(f"pruned_{size}", lambda size=size: self._pruned(size))
             rows += self._made(f"shared_{size}", lambda size=size: self._shared(size))
-        return rows + self._made("lc", self._lc)
+        for row in self.setting.tasks:
+            rows += self._made(row, lambda row=row: self._lc(row))
+        return rows
 
-    def _made(self, stage: str, make: Callable[[], nnx.Module]) -> Rows:
+    def _made(self, stage: str, make: Callable[[], nnx.Module | LcResult]) -> Rows:
         def run() -> Rows:
-            clock, model = time.perf_counter(), make()
-            return [self._measured(stage, model, time.perf_counter() - clock)]
+            clock, made = time.perf_counter(), make()
+            return [self._measured(stage, made, time.perf_counter() - clock)]
 
         rows = kept(self.work, f"pipeline-{stage}", run)
         shown = ("name", "error", "kept", "file_bytes", "huffman_bytes", "safetensors_bytes", "seconds")
@@ -179,20 +189,21 @@ class Pipeline:
         recipe, stage = self._recipe(self.setting.tuning), f"shared_{size}"
         return finetune_compressed(before, self.images.x, self.images.y, recipe, **self._train(stage)).model
 
-    def _lc(self) -> nnx.Module:
+    def _lc(self, row: str) -> LcResult:
         l_step = SgdLStep(self.images.x, self.images.y, self.setting.schedule, measured=10_000)
         first, factor, count = MU
         mus = exponential(first, factor, 2 if self.quick else count)
-        tasks = parse_tasks(self.setting.tasks)
-        result: LcResult = lc(self._load("reference"), tasks, l_step, mus, checkpoint_dir=self.work / "checkpoints-lc")
+        tasks, folder = parse_tasks(self.setting.tasks[row]), self.work / f"checkpoints-{row}"
+        result: LcResult = lc(self._load("reference"), tasks, l_step, mus, checkpoint_dir=folder)
         recipe = self._recipe(self.setting.tuning)
-        return finetune_compressed(result, self.images.x, self.images.y, recipe, **self._train("lc-tuned")).model
+        return finetune_compressed(result, self.images.x, self.images.y, recipe, **self._train(f"{row}-tuned"))
 
-    def _measured(self, stage: str, model: nnx.Module, seconds: float) -> dict[str, Any]:
+    def _measured(self, stage: str, made: nnx.Module | LcResult, seconds: float) -> dict[str, Any]:
         """A row; the network that is judged is the one that was read from its file again."""
         file = self.work / f"{stage}.uapk"
-        huffman = storage.pack(self.work / f"{stage}.huffman.uapk", model, coder="huffman")
-        size = storage.pack(file, model)
+        model, coded = made.parts() if isinstance(made, LcResult) else (made, ())
+        huffman = storage.pack(self.work / f"{stage}.huffman.uapk", model, coder="huffman", coded=coded)
+        size = storage.pack(file, model, coded=coded)
         error = self.images.error(storage.load(file))
         weights = [np.asarray(w) for w in jax.tree.leaves(nnx.state(model, nnx.Param)) if np.ndim(w) > 1]
         dense, total = 4 * sum(w.size for w in weights), sum(w.size for w in weights)
@@ -200,7 +211,7 @@ class Pipeline:
         reference = self.reference_error or error
         return network_row(
             network=self.name,
-            method="lc" if stage == "lc" else "deep_compression",
+            method="lc" if isinstance(made, LcResult) else "deep_compression",
             budget=stage,
             reference_accuracy=100 - reference,
             accuracy=100 - error,
@@ -214,7 +225,7 @@ class Pipeline:
             kept=nonzero / total,
             dense_bytes=dense,
             huffman_bytes=huffman,
-            safetensors_bytes=len(storage.serialize(model)),
+            safetensors_bytes=len(storage.serialize(model, coded=coded)),
             seconds=seconds,
         )
 
@@ -233,6 +244,9 @@ def checks_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found[f"{network}: pruned {ratio:.1f} times, error"] = check(own["pruned_published"]["error"], "<=", reference)
         good = [row["file_bytes"] for row in own.values() if row["error"] <= reference]
         found[f"{network}: smallest file with no more error"] = check(min(good), "<=", size)
+        if {"lc", "lc_sparse_low_rank"} <= own.keys():
+            both, sparse = (own[name]["file_bytes"] for name in ("lc_sparse_low_rank", "lc"))
+            found[f"{network}: file with a low rank beside what stays, against without"] = check(both, "<", sparse)
     return found
 
 
