@@ -189,7 +189,7 @@ def test_dry_run_shows_the_plan_and_solves_nothing(run, monkeypatch):
     monkeypatch.setattr(pipeline, "compress", None)
     result = run("compress", "digits", "--dry-run", "--keep", "conv1", "--keep", "fc", *UNIFORM)
     assert result.exit_code == 0, result.output
-    for text in ("64 × 288", "64 × 576", "kept by rule: conv1, fc", "smallest reachable budget params=0.0"):
+    for text in ("64 × 288", "64 × 576", "kept by rule: conv1, fc", "smallest reachable budget params=0.165"):
         assert text in result.stdout
     penalised = run("compress", "digits", "--dry-run", "--lambda-sparse", 0.1, "--lambda-rank", 0.1)
     assert "by penalties" in penalised.stdout

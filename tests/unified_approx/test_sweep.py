@@ -84,18 +84,24 @@ def test_budgets_of_seconds_and_measured_speed(digits, tmp_path, monkeypatch):
     model, x, test = digits
     for module in (latency, timing, sweeping):
         monkeypatch.setattr(module, "measure_latency", seconds_by_size)
-    arguments = {name: value for name, value in FAST.items() if name != "form"}
+    arguments = {"rows": 256, "batch_size": 50, "rules": [ua.Rule(path="conv[12]", keep=True)]}
     arguments |= {"budgets": [ua.Budget(latency=0.8), 0.6], "test": test, "out": tmp_path / "t.parquet"}
-    rows = ua.sweep(model, x, **arguments)
-    assert [row["speedup"] for row in rows] == [None, None]
+    rows = ua.sweep(model, x, timed=True, **arguments)
     assert len(list(tmp_path.glob("t-*-sensitivity*.json"))) == 2  # with seconds, and without
-    rows = ua.sweep(model, x, timed=True, **arguments)  # the same points, with what they lack
     assert [row["budget"] for row in rows] == ["latency=0.8", "params=0.6"]
     assert all(row["budget_met"] for row in rows)
     assert 1.25 <= rows[0]["speedup"] < 1.6
     assert read_table(tmp_path / "t.parquet").to_pylist() == rows
     monkeypatch.setattr(sweeping, "_solve", None)  # nothing is left to do
     assert ua.sweep(model, x, timed=True, **arguments) == rows
+
+
+def test_a_point_without_what_is_asked_for_now_is_made_again(tmp_path):
+    assert sweeping._is_whole({"index": 0, "speedup": None}, timed=False, folder=None)
+    assert not sweeping._is_whole({"index": 0, "speedup": None}, timed=True, folder=None)
+    assert not sweeping._is_whole({"index": 0, "speedup": 1.5}, timed=True, folder=tmp_path)
+    (tmp_path / "00000.safetensors").touch()
+    assert sweeping._is_whole({"index": 0, "speedup": 1.5}, timed=True, folder=tmp_path)
 
 
 def test_a_point_that_is_refused_costs_no_other(digits, tmp_path):
