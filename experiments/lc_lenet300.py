@@ -108,8 +108,9 @@ class Data:
 
 def schedule_of(case: Case, seed: int, quick: bool) -> Schedule:
     """The published L steps, but shorter."""
-    lengths = {"epochs": 1, "first_epochs": 1} if quick else {"epochs": 7, "first_epochs": 14}
-    return Schedule(**lengths, batch_size=256, learning_rate=case.learning_rate, decay=0.98, seed=seed)
+    first, epochs = (1, 1) if quick else (14, 7)
+    rate = case.learning_rate
+    return Schedule(epochs=epochs, first_epochs=first, batch_size=256, learning_rate=rate, decay=0.98, seed=seed)
 
 
 def row_of(name: str, case: Case, data: Data, work: Path, seed: int, quick: bool) -> dict[str, Any]:
