@@ -127,13 +127,18 @@ def main(
         **more,
         forms={r.name: (r.form, r.params / max(r.original_params, 1)) for r in result.report.layers},
     )
-    how = f"{'' if batch_norms else '-folded'}{'-match' if match else ''}"
-    trained = f"-{epochs}epochs-{learning_rate:g}{how}" if epochs else ""
+    trained = _how_trained(epochs, learning_rate, batch_norms, match)
     out = json_file or RESULTS / f"cifar10-{name}{trained}.json"
     command = shlex.join(["python", "experiments/cifar10_table.py", *flags(asked)])
     checks, seconds = checks_of(row), time.perf_counter() - start
     write_results(out, command, [row], checks, seconds=seconds, seed=seed, quick=quick)
     print(json.dumps({k: v for k, v in row.items() if k != "forms"}, indent=1, default=str))
+
+
+def _how_trained(epochs: int, learning_rate: float, batch_norms: bool, match: bool) -> str:
+    """What tells the file of a trained row from others of its network and budget; nothing without training."""
+    how = f"{'' if batch_norms else '-folded'}{'-match' if match else ''}"
+    return f"-{epochs}epochs-{learning_rate:g}{how}" if epochs else ""
 
 
 def _table(

@@ -4,6 +4,7 @@ A form is one function `(Context) -> Candidate | None` and one row in `FORMS`. S
 (the paper's ADMM, which works on rows, is in `admm_form.py`); fitting and refinement are the same for all.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -65,9 +66,13 @@ def largest_rank(budget: float, n: int, p: int, gauge: bool, pivot_cost: float =
 
 def largest_count(budget: float, n: int, p: int, members: int = 1) -> int:
     """The most groups of `members` columns whose values and indices are within a budget of stored values."""
-    kept = np.arange(p // members + 1) * members
-    cost = n * kept + np.array([index_bits(int(k), p) for k in kept]) / 32
-    return int(np.flatnonzero(cost <= budget * (1 + 1e-10)).max(initial=0))  # a fraction of n p times n p is not exact
+    total, limit = p // members, budget * (1 + 1e-10)  # a fraction of n p times n p is not exact
+
+    def cost(groups: int) -> float:
+        return n * groups * members + index_bits(groups * members, p) / 32
+
+    # It rises but for the last step: all columns need no indices.
+    return total if cost(total) <= limit else max(0, bisect_right(range(total), limit, key=cost) - 1)
 
 
 def column_form(context: Context) -> Candidate | None:

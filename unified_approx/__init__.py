@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     )
     from unified_approx.multistage import Musco, MuscoOptions, musco
     from unified_approx.pipeline import Result, compress, plan, sensitivity
+    from unified_approx.planning import Plan
     from unified_approx.recalibration import recalibrate_norms
     from unified_approx.report import Report
     from unified_approx.rules import Rule
-    from unified_approx.run import Plan
     from unified_approx.stages import compress_in_stages
     from unified_approx.storage import load, pack, save
     from unified_approx.sweeping import sweep
@@ -42,7 +42,7 @@ _HOMES = {
     "Musco": "multistage",
     "MuscoOptions": "multistage",
     "LcResult": "learning_compression",
-    "Plan": "run",
+    "Plan": "planning",
     "Recipe": "training",
     "Report": "report",
     "Result": "pipeline",

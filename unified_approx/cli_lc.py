@@ -77,10 +77,7 @@ def lc(
     start, command = time.perf_counter(), command_line("lc", locals())
     with errors(debug):
         check_outputs(out=out, json=json_file)
-        if finetune < 0:
-            raise ValueError(f"--finetune: {finetune} epochs; give at least 0")
-        if finetune_rate is not None and not finetune_rate > 0:
-            raise ValueError(f"--finetune-rate: {finetune_rate:g}; give a positive number")
+        _check_tuning(finetune, finetune_rate)
         from unified_approx import learning_compression as algorithm
         from unified_approx import resolve
         from unified_approx.evaluate import accuracy
@@ -104,14 +101,20 @@ def lc(
             result, stopped = error.result, error
         tuning = finetune if stopped is None else 0
         if tuning:
-            rate = learning_rate / 10 if finetune_rate is None else finetune_rate
-            result = _tuned(result, images, tuning, batch_size, rate, augment, seed)
+            result = _tuned(result, images, tuning, batch_size, finetune_rate or learning_rate / 10, augment, seed)
         row = _finish(network, model, result, images, reference, tasks, tuning, out, screen)
         if json_file is not None:
             _write(command, json_file, row, start, seed, result)
         if stopped is not None:
             typer.echo(f"unified-approx: {stopped} is what was written", err=True)
             raise typer.Exit(FAILED)
+
+
+def _check_tuning(epochs: int, rate: float | None) -> None:
+    if epochs < 0:
+        raise ValueError(f"--finetune: {epochs} epochs; give at least 0")
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--finetune-rate: {rate:g}; give a positive number")
 
 
 def _tuned(

@@ -127,11 +127,17 @@ def choose_executions(
         call: how the network is called.
         rounds: timed calls of every form.
     """
-    seen, watch = layer_calls(model, *example, call=call), Stopwatch(rounds)
-    choices = tuple(
+    choices = _choices(model, Stopwatch(rounds), layer_calls(model, *example, call=call))
+    return with_executions(model, {c.path: c.chosen for c in choices}), choices
+
+
+def _choices(
+    model: nnx.Module, watch: Stopwatch, seen: Mapping[Path, Sequence[LayerCall]]
+) -> tuple[ExecutionChoice, ...]:
+    """How every factored layer that is called runs fastest."""
+    return tuple(
         watch.choose(path, layer, seen[path]) for path, layer in factored_layers(model).items() if path in seen
     )
-    return with_executions(model, {c.path: c.chosen for c in choices}), choices
 
 
 def fastest_dense_form(
@@ -171,7 +177,7 @@ def fastest_dense(
     Returns:
         The network, and what was measured of each layer by itself.
     """
-    choices, products = _products(model, *example, call=call, rounds=rounds)
+    choices, products = _products(model, Stopwatch(rounds), layer_calls(model, *example, call=call))
     gains = {c.path: c.seconds[MERGED] / c.seconds[MATMUL] for c in choices}
     chosen = [{path: products[path] for path, gained in gains.items() if gained >= gain} for gain in _GAINS]
     networks = [_with_layers(model, layers) for i, layers in enumerate(chosen) if layers not in chosen[:i]]
@@ -179,10 +185,9 @@ def fastest_dense(
 
 
 def _products(
-    model: nnx.Module, *example: PyTree, call: Call | None, rounds: int
+    model: nnx.Module, watch: Stopwatch, seen: Mapping[Path, Sequence[LayerCall]]
 ) -> tuple[tuple[ExecutionChoice, ...], dict[Path, Factored]]:
     """What was measured of every `nnx.Conv` that `geometry_of` takes, and each as a product of patches and matrix."""
-    seen, watch = layer_calls(model, *example, call=call), Stopwatch(rounds)
     choices, products = [], {}
     for path, conv in modules(model).items():
         if type(conv) is not nnx.Conv or path not in seen:
@@ -226,9 +231,10 @@ def fastest(model: nnx.Module, *example: PyTree, call: Call | None = None, round
         call: how the network is called.
         rounds: timed calls of each form, and of each network.
     """
-    dense, products = _products(model, *example, call=call, rounds=rounds)
+    watch, seen = Stopwatch(rounds), layer_calls(model, *example, call=call)
+    dense, products = _products(model, watch, seen)
     tuned = _with_layers(model, {c.path: products[c.path] for c in dense if c.chosen == MATMUL})
-    tuned, choices = choose_executions(tuned, *example, call=call, rounds=rounds)
+    choices = _choices(tuned, watch, seen)
     forms = [{c.path: _with_gain(c, gain) for c in choices} for gain in _GAINS]
     forms.append({c.path: MERGED for c in choices})
     networks = [with_executions(tuned, own) for i, own in enumerate(forms) if own not in forms[:i]]

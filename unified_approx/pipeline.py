@@ -19,9 +19,10 @@ from unified_approx.assemble import assemble
 from unified_approx.budget import Budget
 from unified_approx.calling import Call
 from unified_approx.layers import Factored
+from unified_approx.planning import Plan, plan_of
 from unified_approx.report import ProgressBar, ProgressCallback, Report, measuring
 from unified_approx.rules import Rule
-from unified_approx.run import Calibration, Plan, Run
+from unified_approx.run import Calibration, Run
 from unified_approx.settings import MEASURED, Arguments, make_arguments
 from unified_approx.sites import Path
 from unified_approx.smallest import smallest
@@ -213,7 +214,7 @@ def plan(
     run = Run(model, calibration, make_arguments(**given))
     show = ProgressBar()
     table = allocate(run, sensitivity, lambda i, n, name: show(measuring(i, n, name)))
-    return replace(run.plan(), sensitivity=table)
+    return replace(plan_of(run), sensitivity=table)
 
 
 def sensitivity(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -14,10 +14,9 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 from threadpoolctl import threadpool_limits
 
-from solvers.layer import LayerFit, minimum_budget, solve
+from solvers.layer import LayerFit, solve
 from solvers.terms import Term, figures, total_matrix
 from unified_approx import calibration as examples
-from unified_approx.allocation import Sensitivity
 from unified_approx.allocation.assign import total_cost
 from unified_approx.allocation.knapsack import GAP
 from unified_approx.allocation.timing import LayerTimer
@@ -32,7 +31,7 @@ from unified_approx.narrow import terms_of
 from unified_approx.report import LayerRow, ProgressCallback, ProgressEvent, Report
 from unified_approx.rules import assign
 from unified_approx.sampling import default_rows, problems
-from unified_approx.settings import BY_RULE, Arguments, Settings, check_reachable, check_weights
+from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
 from unified_approx.streams import Streams
 from unified_approx.work_dir import WorkDir, fingerprint
@@ -46,34 +45,6 @@ Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
 def _kind(site: LayerSite) -> tuple[Any, ...]:
     """Layers of one kind share a compiled solve."""
     return site.geometry.matrix_shape, site.activation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run would do, before anything is solved.
-
-    Attributes:
-        layers: per selected layer its name, (n, p), the stored values asked for and the least reachable, the forms that
-            are tried, and the nats that the network's output is expected to lose by it (None where not measured).
-        kept: names that a rule keeps.
-        skipped: name and reason of the layers that cannot be compressed.
-        minimum_params: the smallest budget that all layers together can reach, as a fraction of the network.
-        memory_mb: estimate of the peak working memory beyond JAX itself, in MB (10^6 bytes).
-        seconds: estimate of the time of the solves.
-        dense: name and reason of the layers that the budget leaves as they are.
-        sensitivity: the table that the budget was shared by.
-        gap: proven bound on how much less another choice of sizes could lose, relative; None without a table.
-    """
-
-    layers: tuple[dict[str, Any], ...]
-    kept: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    minimum_params: float
-    memory_mb: float
-    seconds: float
-    dense: tuple[tuple[str, str], ...] = ()
-    sensitivity: Sensitivity | None = None
-    gap: float | None = None
 
 
 class Run:
@@ -295,44 +266,6 @@ class Run:
             return fastest(new, example, call=call) if self.arguments.execution == FASTEST else new
         fast, self.latency_ratio = self.timer.against_dense(new)
         return fast
-
-    def plan(self) -> Plan:
-        """What would be done, with estimates from the sizes of the layers."""
-        layers, spared, memory, flops = [], 0.0, 0.0, 0.0
-        fitted = self.held_out_from
-        for site in self.capture.sites:
-            settings = self.settings[site.path]
-            if settings.dense:
-                continue
-            shape = site.geometry.matrix_shape
-            n, p = shape.n, shape.p
-            available = fitted * prod(self.spatial[site.path]) * site.num_calls
-            d = min(available, self.arguments.rows or default_rows(p, available))
-            layers.append(
-                {
-                    "name": site.name,
-                    "shape": (n, p),
-                    "values": settings.values(site),
-                    "minimum": minimum_budget(shape),
-                    "rows": d,
-                    "forms": settings.options.wanted(),
-                    "expected_loss": settings.expected_loss,
-                }
-            )
-            spared += n * p - minimum_budget(shape)
-            memory = max(memory, 1.25 * d * (p + 3 * n) * 4 + 20 * p * p * 8)
-            flops += 60.0 * 4 * d * n * p + 2 * d * p * p + 400.0 * 4 * n * p * p
-        dense = [(s.name, reason) for s in self.capture.sites if (reason := self.settings[s.path].dense)]
-        return Plan(
-            gap=self.gap,
-            layers=tuple(layers),
-            kept=tuple(name for name, reason in dense if reason == BY_RULE),
-            dense=tuple((name, reason) for name, reason in dense if reason != BY_RULE),
-            skipped=tuple((s.name, s.reason) for s in self.capture.skipped),
-            minimum_params=1 - spared / total_cost(self.cost, "params"),
-            memory_mb=(memory + 2 * sum(a.nbytes for a in jax.tree.leaves(self.data))) / 1e6,
-            seconds=flops / 50e9 + 3.0 * len({row["shape"] for row in layers}),
-        )
 
     def _layer(
         self, index: int, site: LayerSite, work: WorkDir | None, start: np.ndarray | None
