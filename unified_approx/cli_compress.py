@@ -83,8 +83,9 @@ def compress(
     start, command = time.perf_counter(), command_line("compress", locals())
     with errors(debug):
         check_outputs(out=out, json=json_file)
-        settings = {**_settings(budget, lambda_sparse, lambda_rank, keep), "allocation": allocation}
-        options = _options(form, group, m_step, round_to)
+        settings = _settings(budget, lambda_sparse, lambda_rank, keep)
+        settings |= {"allocation": allocation, "options": _options(form, group, m_step, round_to)}
+        settings |= {"rows": rows, "seed": seed}
         from solvers.sharding import row_mesh
         from unified_approx import comparison, pipeline, resolve
         from unified_approx.evaluate import accuracy
@@ -96,13 +97,11 @@ def compress(
         examples, labels = images.x_train[chosen], images.y_train[chosen]
         screen = console()
         if dry_run:
-            planned = pipeline.plan(model, examples, rows=rows, seed=seed, options=options, **settings)
-            _show_plan(screen, planned)
+            _show_plan(screen, pipeline.plan(model, examples, **settings))
             return
         reference = accuracy(model, images.x_test, images.y_test)
-        run = {"options": options, "rows": rows, "seed": seed, "work_dir": work_dir, "devices": devices, **settings}
         with compact():
-            result = pipeline.compress(model, examples, labels=labels, **run)
+            result = pipeline.compress(model, examples, labels=labels, work_dir=work_dir, devices=devices, **settings)
         result = comparison.with_fastest_executions(result, images.x_test)
         test = {"x_test": images.x_test, "y_test": images.y_test, "reference_accuracy": reference}
         row = comparison.compare(network, model, result, **test, out=out, form=form, group=group, m_step=m_step)
