@@ -24,7 +24,8 @@ class Budget:
         bytes: of the stored weights and indices, in (0, 1].
         latency: seconds per batch on this machine, against the original in its fastest dense form, in (0, 1].
         max_drop: instead of all others, the largest loss of accuracy in points (percent of the examples): the smallest
-            network that keeps it on the held-out calibration examples.
+            network that keeps it on the held-out calibration examples (images in shifted copies); without labels, the
+            largest share of answers that change.
     """
 
     params: float | None = None

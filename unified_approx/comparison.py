@@ -16,7 +16,7 @@ from rich.table import Table
 from unified_approx.assemble import get
 from unified_approx.cost import layer_calls
 from unified_approx.evaluate import accuracy
-from unified_approx.latency import BATCH, batch_of, fastest, fastest_dense, measure_latency
+from unified_approx.latency import BATCH, batch_of, beside_fastest_dense, fastest, fastest_dense, measure_latency
 from unified_approx.macs import LayerCall, factored_layers
 from unified_approx.report import Report
 from unified_approx.results import network_row
@@ -69,8 +69,7 @@ def latencies(
     found = {}
     for size, suffix in ((BATCH, ""), (1, "_batch1")):
         batch = batch_of(x, size)
-        dense, _ = fastest_dense(original, batch, rounds=max(1, rounds // 2))
-        seconds = measure_latency({"original": dense, "compressed": compressed}, batch, rounds=rounds)
+        seconds = beside_fastest_dense(original, compressed, batch, rounds=rounds)
         found |= {f"{name}_ms{suffix}": 1e3 * value for name, value in seconds.items()}
     return found
 

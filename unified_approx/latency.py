@@ -249,6 +249,22 @@ def _fastest_of(networks: Sequence[nnx.Module], *example: PyTree, call: Call | N
     return networks[min(range(len(networks)), key=lambda i: times[str(i)])]
 
 
+def beside_fastest_dense(
+    original: nnx.Module, compressed: nnx.Module, *example: PyTree, call: Call | None = None, rounds: int = 20
+) -> dict[str, float]:
+    """Median seconds per call of "original", in its fastest dense form, and "compressed", interleaved (A B A B).
+
+    Args:
+        original: in evaluation mode.
+        compressed: likewise, its executions chosen.
+        *example: the arguments of one call.
+        call: how the networks are called.
+        rounds: timed calls of each.
+    """
+    dense, _ = fastest_dense(original, *example, call=call, rounds=max(1, rounds // 2))
+    return measure_latency({"original": dense, "compressed": compressed}, *example, call=call, rounds=rounds)
+
+
 def _with_gain(choice: ExecutionChoice, gain: float) -> str:
     """The chosen form if it is so much faster than the better dense form, else that."""
     dense = min((name for name in (MERGED, MATMUL) if name in choice.seconds), key=lambda name: choice.seconds[name])

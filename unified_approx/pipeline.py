@@ -117,7 +117,8 @@ def compress(
         allocation: how the budget is shared among the layers: "kl" (by the measured effect of each layer's error on the
             network's output), "fisher" (by its second-order expansion), or "uniform" (the same fraction for all).
         sensitivity: a table from `ua.sensitivity`, so that it is not measured again.
-        labels: of the calibration examples, integers; needed for, and only read by, `Budget(max_drop=...)`.
+        labels: of the calibration examples, integers; only read by `Budget(max_drop=...)`, which without them takes the
+            original's answers for right.
         start: matrices to start the penalised ADMM from, by layer, as in `Result.matrices` of a similar run.
         work_dir: a folder where every solved layer is stored, so that a killed run resumes at the next layer.
         devices: how many devices, or which, share the rows of every layer while it is solved; None: the default one.

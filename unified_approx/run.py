@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
-from threadpoolctl import threadpool_limits
 
 from solvers.layer import LayerFit, solve
 from solvers.terms import Term, figures, total_matrix
@@ -34,9 +33,9 @@ from unified_approx.sampling import default_rows, problems
 from unified_approx.settings import Arguments, Settings, check_reachable, check_weights
 from unified_approx.sites import LayerSite, Path
 from unified_approx.streams import Streams
+from unified_approx.threads import lapack_threads
 from unified_approx.work_dir import WorkDir, fingerprint
 
-_SINGLE_THREADED_BELOW = 2048
 _AGREEMENT = 0.02  # of the largest output: bfloat16 networks stay below it
 
 Calibration = PyTree | Iterable[PyTree] | Callable[[], Iterable[PyTree]]
@@ -310,8 +309,7 @@ class Run:
         spatial = seen.x.shape[1:-1]
         del seen  # whole feature maps: hundreds of megabytes that the solve does not need
         shape = site.geometry.matrix_shape
-        # Below a few thousand columns a second LAPACK thread costs more than it saves, and far more on a busy machine.
-        with threadpool_limits(limits=1 if shape.p < _SINGLE_THREADED_BELOW else None, user_api="blas"):
+        with lapack_threads(shape.p):
             fit = solve(
                 problem,
                 held_out,

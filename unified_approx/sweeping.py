@@ -32,7 +32,7 @@ from unified_approx.budget import Budget
 from unified_approx.calling import forward
 from unified_approx.evaluate import accuracy
 from unified_approx.files import replacing
-from unified_approx.latency import batch_of, fastest, fastest_dense, measure_latency
+from unified_approx.latency import batch_of, beside_fastest_dense, fastest
 from unified_approx.pipeline import compress, sensitivity
 from unified_approx.work_dir import fingerprint
 
@@ -177,11 +177,7 @@ def _tables(
 def _speedup(original: nnx.Module, compressed: nnx.Module, job: _Job) -> float:
     """Both in their fastest forms, interleaved, on batches of 64."""
     call, batch = job.arguments.get("call") or forward, batch_of(job.data)
-    pair = {
-        "original": fastest_dense(original, batch, call=call)[0],
-        "compressed": fastest(compressed, batch, call=call),
-    }
-    times = measure_latency(pair, batch, call=call)
+    times = beside_fastest_dense(original, fastest(compressed, batch, call=call), batch, call=call)
     return times["original"] / times["compressed"]
 
 

@@ -22,6 +22,7 @@ from unified_approx.allocation.menu import make_items
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, with_losses
 from unified_approx.cost import network_cost
+from unified_approx.smallest import Judge, shifted
 
 QUIET = {"progress": lambda event: None}
 FAST = {**QUIET, "rows": 1024, "batch_size": 50, "form": "columns"}
@@ -227,11 +228,33 @@ def test_smallest_network_that_keeps_the_accuracy(digits):
     model, x, y, _, _ = digits
     arguments = {"labels": y, "held_out": 0.3, "allocation": "uniform", **FAST}
     result = ua.compress(model, x, budget=ua.Budget(max_drop=5.0), **arguments)
-    held = slice(-90, None)
-    drop = evaluate.accuracy(model, x[held], y[held]) - evaluate.accuracy(result.model, x[held], y[held])
-    assert drop == result.report.drop <= 5.0
+    by_labels = Judge.of(model, x[-90:], y[-90:], evaluate.forward, 0)
+    assert by_labels(result.model) == result.report.drop <= 5.0
+    by_answers = Judge.of(model, x[-90:], None, evaluate.forward, 0)
+    assert by_labels(result.model) <= by_answers(result.model) < 20
+    assert by_answers(model) == 0
     assert result.report.budget == "max_drop=5"
     assert result.report.params_ratio > 3
+
+
+def test_without_labels_the_original_is_what_counts(digits):
+    model, x, y, _, _ = digits
+    arguments = {"held_out": 0.3, "allocation": "uniform", "budget": ua.Budget(max_drop=20.0), **FAST}
+    result = ua.compress(model, x, **arguments)
+    assert 0 < result.report.drop <= 20
+    assert evaluate.accuracy(result.model, x[-90:], y[-90:]) > 80
+
+
+def test_images_are_judged_in_shifted_copies():
+    rng = np.random.default_rng(0)
+    images, vectors = rng.random((5, 16, 8, 2)), rng.random((5, 16))
+    copies = shifted(images, 0)
+    assert copies.shape == (20, 16, 8, 2)
+    middle = (slice(4, -4), slice(2, -2))  # nothing is shifted by more than 2 rows and 1 column
+    for copy, image in zip(copies, np.tile(images, (4, 1, 1, 1)), strict=True):
+        patches = [image[i:, j:][:8, :4] for i in range(2, 7) for j in range(1, 4)]
+        assert any(np.array_equal(copy[middle], patch) for patch in patches)
+    assert shifted(vectors, 0) is vectors
 
 
 def test_search_for_the_smallest_resumes_and_lets_other_errors_through(digits, tmp_path):
@@ -300,7 +323,7 @@ def test_second_order_allocation_from_end_to_end(digits):
 BAD = [
     ({"budget": ua.Budget(params=0.005)}, "below the smallest that can be reached, params=0.0"),
     ({"budget": ua.Budget(params=0.1), "rules": [ua.Rule(path="conv3", keep=True)]}, "already take 0.5"),
-    ({"budget": ua.Budget(max_drop=1.0)}, "labels: Budget(max_drop=1) measures accuracy"),
+    ({"budget": ua.Budget(max_drop=1.0), "labels": np.zeros(3, int)}, "labels: shape (3,); give one integer label"),
     ({"allocation": "magic"}, "allocation: 'magic' is unknown"),
 ]
 

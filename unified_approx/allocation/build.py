@@ -23,6 +23,7 @@ from unified_approx.layers.factored import MERGED
 from unified_approx.sampling import problems
 from unified_approx.sites import LayerSite
 from unified_approx.streams import Streams
+from unified_approx.threads import lapack_threads
 
 if TYPE_CHECKING:
     from unified_approx.run import Run
@@ -88,11 +89,12 @@ def _layer(
     problem, held_out = problems(site, seen, run.held_out_from, rows, run.arguments.seed)
     del seen
     original = run.original(site)
-    found = selection_statistics(
-        problem, held_out, ridge=options.ridge, float64_up_to=options.float64_up_to, original=original
-    )
-    with jax.enable_x64(found.wide):
-        curves = error_curves(found.stats, found.w, shape, options.group)
+    with lapack_threads(shape.p):
+        found = selection_statistics(
+            problem, held_out, ridge=options.ridge, float64_up_to=options.float64_up_to, original=original
+        )
+        with jax.enable_x64(found.wide):
+            curves = error_curves(found.stats, found.w, shape, options.group)
     forms = run.settings[site.path].menu_forms(timed=timer is not None)
     items = make_items(curves, shape, run.positions(site), minimum_budget(shape), forms=forms)
     if timer is not None:

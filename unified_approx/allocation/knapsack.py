@@ -38,6 +38,7 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
 
     Raises:
         UnreachableBudgetError: no choice is within all limits.
+        ValueError: none was found in time.
     """
     items = [item for menu in menus for item in menu.items]
     owner = np.repeat(np.arange(len(menus)), [len(menu.items) for menu in menus])
@@ -58,7 +59,7 @@ def choose(menus: Sequence[LayerMenu], limits: Mapping[str, float]) -> Choice:
         options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
     )
     if found.x is None and found.status == _OUT_OF_TIME:
-        raise UnreachableBudgetError(
+        raise ValueError(
             f"budget: no choice of sizes that meets the limits on {', '.join(limits)} together was found within "
             f"{_SECONDS} s; relax one of them"
         )
