@@ -191,12 +191,29 @@ def draw(rows: Rows, folder: Path) -> list[Path]:
         "methods": ("file_bytes", "bytes of the file"),
         "speed": ("density", "weights that are not zero"),
     }
-    written = []
+    written = [_draw_histograms(own, folder)] if (own := [row for row in rows if row["part"] == "histograms"]) else []
     for part, (field, label) in axes_of.items():
         own = [row for row in rows if row["part"] == part]
         if own:
             written.append(_draw(own, field, label, folder / f"deep_{part}.png"))
     return written
+
+
+def _draw_histograms(rows: Rows, folder: Path) -> Path:
+    """Weights that are not zero, before and after: a row of pictures for each network."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    stages = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(stages), 2.6 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), len(stages), sharex=True, squeeze=False)
+    for row in rows:
+        axes = grid[networks.index(row["network"]), stages.index(row["name"])]
+        axes.stairs(row["counts"], row["edges"], fill=True)
+        axes.set_title(f"{row['network']}, {row['name'].split('_')[0]}: {sum(row['counts']):,}", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("weight of the largest layer, zeros left out")
+    path = folder / "deep_histograms.png"
+    figure.savefig(path, dpi=100)
+    return path
 
 
 def _draw(rows: Rows, field: str, label: str, path: Path) -> Path:

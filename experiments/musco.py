@@ -2,13 +2,15 @@
 
     python experiments/musco.py [--part rules ...] [--data DIR] [--models DIR] [--quick]
 
-Parts: rules (every rank rule on ResNet-20, nothing trained), stages (one shot against two stages, the same epochs in
-all, Tucker-2 whose multiply-adds are divided by the same number), chain (MUSCO, then Deep Compression), alexnet (with
+Parts: rules (every rank rule on ResNet-20, nothing trained), fits (the same ranks fitted on the weights, on the
+response, and after the ReLU), stages (one shot against two stages, the same epochs in all, Tucker-2 whose
+multiply-adds are divided by the same number), chain (MUSCO, then Deep Compression), alexnet (with
 initial weights: size and measured speed at the parameters' rate of the published 4.90 and 4.73 times). 5,000 training
 images are held out: on these epochs are chosen. A killed run resumes. Pictures are written beside the results.
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,14 @@ from matplotlib.figure import Figure
 from resumable import Rows, kept
 
 import unified_approx as ua
+from solvers.layer import LayerOptions
 from solvers.rank_rules import Cheapest, Energy, Evbmf, MaxDrop, RankRule, Rate, Vbmf
 from unified_approx import comparison, datasets, evaluate, finetune_compressed, zoo
 from unified_approx.cost import network_cost
 from unified_approx.deep_compression import prune, share
+from unified_approx.multistage.options import Step
 from unified_approx.pipeline import Result
-from unified_approx.results import network_row, write_results
+from unified_approx.results import check, network_row, write_results
 from unified_approx.training import Recipe
 
 RESULT = Path(__file__).parent / "results" / "musco.json"
@@ -45,6 +49,15 @@ RULES: dict[str, RankRule] = {
     "accuracy by trial": MaxDrop(points=0.5),
     "accuracy from the error": MaxDrop(points=0.5, by="error"),
 }
+
+
+DECOMPOSITIONS = ("tucker2", "cp3", "spatial", "low_rank")
+FITS = {
+    "weights": LayerOptions(data_aware=False),
+    "response": LayerOptions(refine=None),
+    "after the ReLU": LayerOptions(),
+}
+EQUAL = 0.02  # multiply-adds of one shot and stages differ by no more
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,26 @@ def rules(network: Network) -> Rows:
         notes = {r.name: r.reason for r in result.report.layers if r.reason}
         seconds = time.perf_counter() - clock
         rows.append(network.row(name, result.model, ranks=ranks, notes=notes, seconds=seconds))
+    return rows
+
+
+def fits(network: Network) -> Rows:
+    """Each decomposition of all 3x3 convolutions but the first, at half of the multiply-adds, fitted in three ways."""
+    rows, keep = [], CASES[network.name].keep
+    for decomposition in DECOMPOSITIONS:
+        steps: list[Step] = []
+        given: dict[str, Any] = {"keep": keep, "data_aware": False, "on_step": steps.append}
+        given |= {"decomposition": decomposition, "progress": lambda event: None}
+        ua.musco(network.model, network.chosen, rank_rule=Rate(macs=2.0), **given)
+        ranks = {name: own for step in steps for name, own in step.ranks.items()}
+        rules = [ua.Rule(path=re.escape(name), form=decomposition, ranks=own) for name, own in ranks.items()]
+        rules.append(ua.Rule(path=".*", keep=True))
+        for name, options in FITS.items():
+            arguments: dict[str, Any] = {"rules": rules, "options": options, "progress": lambda event: None}
+            result = ua.compress(network.model, network.chosen, **arguments)
+            errors = [r.error_after_held_out for r in result.report.layers if r.status == "compressed"]
+            more = {"decomposition": decomposition, "fit": name, "error": float(np.mean(errors))}
+            rows.append(network.row(f"{decomposition}, {name}", result.model, **more))
     return rows
 
 
@@ -245,7 +278,25 @@ def draw(rows: Rows, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-PARTS = ("rules", "stages", "chain", "alexnet")
+def checks_of(rows: Rows) -> dict[str, Any]:
+    """Stages against one shot at equal multiply-adds, fits after the ReLU against those of the weights."""
+    found = {}
+    for network in CASES:
+        own = {row["name"]: row for row in rows if row["part"] == "stages" and row["network"] == network}
+        if len(own) < 2:
+            continue
+        once, staged = (own[name] for name in sorted(own, reverse=True))
+        gained, apart = staged["accuracy"] - once["accuracy"], staged["macs_ratio"] / once["macs_ratio"] - 1
+        found[f"{network}: points that stages gain"] = check(gained, ">", 0.0)
+        found[f"{network}: multiply-adds apart"] = check(abs(apart), "<=", EQUAL)
+    fitted = {(row["decomposition"], row["fit"]): row["accuracy"] for row in rows if row["part"] == "fits"}
+    for decomposition in dict.fromkeys(decomposition for decomposition, _ in fitted):
+        gained = fitted[decomposition, "after the ReLU"] - fitted[decomposition, "weights"]
+        found[f"{decomposition}: points that the data gain"] = check(gained, ">", 0.0)
+    return found
+
+
+PARTS = ("rules", "fits", "stages", "chain", "alexnet")
 
 
 def main(
@@ -270,6 +321,7 @@ def main(
         return loaded[name]
 
     makers = {"rules-resnet20": lambda: rules(of("resnet20"))}
+    makers |= {"fits-resnet20": lambda: fits(of("resnet20"))}
     makers |= {f"stages-{n}": lambda n=n: stages(of(n), work) for n in network or CASES}
     makers |= {"chain-resnet20": lambda: chain(of("resnet20"), work), "alexnet-cpu": lambda: alexnet(quick)}
     for stem, make in makers.items():
@@ -277,7 +329,7 @@ def main(
             rows += kept(work, stem, make)
     seconds = time.perf_counter() - start
     command = "python experiments/musco.py" + (" --quick" if quick else "")
-    write_results(json_file, command, rows, seconds=seconds, seed=0, quick=quick)
+    write_results(json_file, command, rows, checks_of(rows), seconds=seconds, seed=0, quick=quick)
     if any(row["part"] == "rules" for row in rows):
         draw(rows, json_file.with_name("musco_rules.png"))
     print(json.dumps([{k: r[k] for k in ("part", "name", "accuracy", "macs_ratio")} for r in rows], indent=1))
