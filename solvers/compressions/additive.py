@@ -4,20 +4,20 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from solvers.compressions.base import Compression, Theta, contest, is_smaller
-from solvers.compressions.bits import Bits, Reader
+from solvers.compressions.bits import Reader
 from solvers.compressions.checks import check_count
+from solvers.compressions.composite import Composite
 from solvers.terms import MatrixShape, Term
 
 _RTOL = 1e-6  # a round that lowers the objective by less is the last
 
 
 @dataclass(frozen=True)
-class Additive(Compression):
+class Additive(Composite):
     """sum_i Delta_i(theta_i), by turns: each part is the best for the target less the others.
 
     Idelbayev & Carreira-Perpinan, More general and effective model compression via an additive combination of
@@ -29,7 +29,6 @@ class Additive(Compression):
     """
 
     word: ClassVar = "sum"
-    parts: tuple[Compression, ...]
     rounds: int = 10
 
     def __post_init__(self) -> None:
@@ -78,19 +77,6 @@ class Additive(Compression):
         first, *rest = (part.decompress(own) for part, own in zip(self.parts, theta, strict=True))
         return sum(rest, start=first)
 
-    def penalty(self, theta: tuple[Theta, ...]) -> Float[Array, ""]:
-        """Of all parts."""
-        first, *rest = (part.penalty(own) for part, own in zip(self.parts, theta, strict=True))
-        return sum(rest, start=first)
-
-    def bits(self, theta: tuple[Theta, ...]) -> int:
-        """Of all parts."""
-        return sum(part.bits(own) for part, own in zip(self.parts, theta, strict=True))
-
-    def encode(self, theta: tuple[Theta, ...]) -> Bits:
-        """One part after the other."""
-        return np.concatenate([part.encode(own) for part, own in zip(self.parts, theta, strict=True)])
-
     def decode(self, reader: Reader, shape: tuple[int, ...]) -> tuple[Theta, ...]:
         """See `Compression.decode`."""
         return tuple(part.decode(reader, shape) for part in self.parts)
@@ -105,10 +91,6 @@ class Additive(Compression):
     def term_bits(self, theta: tuple[Theta, ...], shape: MatrixShape) -> tuple[int, ...]:
         """Those of all parts."""
         return sum((part.term_bits(own, shape) for part, own in zip(self.parts, theta, strict=True)), start=())
-
-    def settle(self, theta: tuple[Theta, ...]) -> tuple[Theta, ...]:
-        """See `Compression.settle`."""
-        return tuple(part.settle(own) for part, own in zip(self.parts, theta, strict=True))
 
     def info(self, theta: tuple[Theta, ...]) -> dict[str, Any]:
         """Of all parts."""

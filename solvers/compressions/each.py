@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from solvers.compressions.base import Compression, Theta
-from solvers.compressions.bits import Bits, Reader
+from solvers.compressions.bits import Reader
+from solvers.compressions.composite import Composite
 from solvers.terms import MatrixShape
 
 
 @dataclass(frozen=True)
-class Each(Compression):
+class Each(Composite):
     """The layers of a joint task one by one, as matrices.
 
     Attributes:
@@ -23,7 +24,6 @@ class Each(Compression):
     """
 
     word: ClassVar = "each"
-    parts: tuple[Compression, ...]
     layers: tuple[MatrixShape, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,27 +58,10 @@ class Each(Compression):
         """One layer after the other."""
         return jnp.concatenate([p.decompress(own).reshape(-1) for p, own in zip(self.parts, theta, strict=True)])
 
-    def penalty(self, theta: tuple[Theta, ...]) -> Float[Array, ""]:
-        """Of all layers."""
-        first, *rest = (part.penalty(own) for part, own in zip(self.parts, theta, strict=True))
-        return sum(rest, start=first)
-
-    def bits(self, theta: tuple[Theta, ...]) -> int:
-        """Of all layers."""
-        return sum(part.bits(own) for part, own in zip(self.parts, theta, strict=True))
-
-    def encode(self, theta: tuple[Theta, ...]) -> Bits:
-        """One layer after the other."""
-        return np.concatenate([part.encode(own) for part, own in zip(self.parts, theta, strict=True)])
-
     def decode(self, reader: Reader, shape: tuple[int, ...]) -> tuple[Theta, ...]:
         """See `Compression.decode`."""
         pairs = zip(self.parts, self.layers, strict=True)
         return tuple(part.decode(reader, (layer.n, layer.p)) for part, layer in pairs)
-
-    def settle(self, theta: tuple[Theta, ...]) -> tuple[Theta, ...]:
-        """See `Compression.settle`."""
-        return tuple(part.settle(own) for part, own in zip(self.parts, theta, strict=True))
 
     def info(self, theta: tuple[Theta, ...]) -> dict[str, Any]:
         """Of all layers."""
