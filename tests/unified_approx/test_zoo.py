@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import unified_approx as ua
 from unified_approx import datasets, evaluate, zoo
+from unified_approx.description import describe
 
 # Parameters, batch statistics not counted: known figures of the literature, or summed by hand (nin, digits).
 PARAMETERS = {
@@ -473,3 +474,21 @@ def test_training_writes_a_network_that_loads(script, tmp_path):
     accuracy = evaluate.accuracy(zoo.load("digits", out), zoo.entry("digits").preprocess(data.x_test), data.y_test)
     assert accuracy == row["accuracy"]
     assert accuracy > 60  # six times chance, after 20 steps
+
+
+_NARROW = {"width": 1 / 16, "num_classes": 11}
+_OPTIONS = [(name, _NARROW if name in ("alexnet", "googlenet") else {}) for name in zoo.names()] + [
+    ("digits", {"batch_norm": True}),
+    ("nin", {"batch_norm": True}),
+    ("lenet300", {"activation": "relu"}),
+    ("resnet20", {"projection": True}),
+    ("alexnet", {**_NARROW, "dropout": 0.5}),
+    ("googlenet", {**_NARROW, "dropout": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), _OPTIONS)
+def test_files_know_which_network_of_the_zoo_is_in_them(name, options):
+    found = describe(zoo.create(name, **options))["network"]
+    assert found["name"] == name
+    assert nnx.graphdef(zoo.create(name, **found["options"])) == nnx.graphdef(zoo.create(name, **options))

@@ -45,7 +45,8 @@ class AlexNet(nnx.Module):
         self.fc6 = nnx.Linear(_SIDE * _SIDE * c5, hidden, rngs=rngs)
         self.fc7 = nnx.Linear(hidden, hidden, rngs=rngs)
         self.fc8 = nnx.Linear(hidden, num_classes, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.drop = nnx.Dropout(dropout)
+        self.num_classes, self.width, self.dropout = num_classes, width, dropout
 
     def __call__(
         self, x: Float[Array, "b h w 3"], rngs: nnx.Rngs | jax.Array | None = None
@@ -56,8 +57,8 @@ class AlexNet(nnx.Module):
         x = nnx.relu(self.conv4(nnx.relu(self.conv3(x))))
         x = nnx.max_pool(nnx.relu(self.conv5(x)), (3, 3), (2, 2))
         x = adaptive_mean_pool(x, _SIDE).reshape(x.shape[0], -1)
-        x = nnx.relu(self.fc6(self.dropout(x, rngs=rngs)))
-        x = nnx.relu(self.fc7(self.dropout(x, rngs=rngs)))
+        x = nnx.relu(self.fc6(self.drop(x, rngs=rngs)))
+        x = nnx.relu(self.fc7(self.drop(x, rngs=rngs)))
         return self.fc8(x)
 
 

@@ -86,7 +86,8 @@ class GoogLeNet(nnx.Module):
             setattr(self, name, Inception(channels, widths, rngs=rngs))
             channels = widths[0] + widths[2] + widths[4] + widths[5]
         self.fc = nnx.Linear(channels, num_classes, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.drop = nnx.Dropout(dropout)
+        self.num_classes, self.width, self.dropout = num_classes, width, dropout
 
     def __call__(
         self, x: Float[Array, "b h w 3"], rngs: nnx.Rngs | jax.Array | None = None
@@ -98,7 +99,7 @@ class GoogLeNet(nnx.Module):
             x = getattr(self, name)(x)
             if name in _POOL_AFTER:
                 x = ceil_max_pool(x, _POOL_AFTER[name], 2)
-        return self.fc(self.dropout(jnp.mean(x, axis=(1, 2)), rngs=rngs))
+        return self.fc(self.drop(jnp.mean(x, axis=(1, 2)), rngs=rngs))
 
 
 def make_googlenet(num_classes: int = 1000, width: float = 1.0, dropout: float = 0.0) -> GoogLeNet:
