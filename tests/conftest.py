@@ -2,14 +2,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 # Small factorisations by OpenBLAS on several threads become a hundred times slower when another process is busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Half of the suite is compilation. LLVM's optimisation of programs that run once costs a third of its time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Half of the suite is compilation of programs that run once or twice. XLA's emitter of fused loops through MLIR takes
+# most of it, LLVM's optimisation the next part; the older emitter compiles the same programs in a third of the time.
+# XLA dies of flags it does not know, so those that may come to go are given to the versions that were tried.
+_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if version("jaxlib").startswith("0.10."):
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # The workers, and the processes that tests start, compile much the same programs, most of them small.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
