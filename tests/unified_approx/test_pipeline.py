@@ -34,8 +34,9 @@ def digits():
 def half(digits):
     model, images, _, _ = digits
     events = []
-    result = ua.compress(model, images, budget=ua.Budget(params=0.5), progress=events.append, **SMALL)
-    return result, events
+    arguments = {"budget": ua.Budget(params=0.5), "progress": events.append, **SMALL}
+    # All forms on a layer with a 3x3 window are enough; on 576 and 1,024 features they take three times as long.
+    return ua.compress(model, images, rules=[ua.Rule(path="conv3|fc", form="columns")], **arguments), events
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_report_has_a_row_per_layer_and_its_figures_agree_with_the_network(digit
         assert stored - (row.shape[0] - row.removed_channels) == row.params  # bias apart
         assert row.form in row.candidates
         assert row.candidates[row.form]["error"] == min(c["error"] for c in row.candidates.values())
-        assert "admm" in row.candidates
+        assert ("admm" in row.candidates) == (row.name in ("conv1", "conv2"))
         assert 0 < row.error_after_held_out < 0.5
         assert row.params + row.index_bits / 32 <= 0.5 * row.original_params
         assert row.macs < row.original_macs
