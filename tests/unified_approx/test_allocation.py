@@ -194,7 +194,9 @@ def test_budgets_are_met_over_the_whole_network(digits, table, limits):
 def test_single_columns_in_some_layers_and_whole_channels_in_others(digits):
     model, x, *_ = digits
     rules = [ua.Rule(path="conv2", group="column")]
-    result = ua.compress(model, x, budget=ua.Budget(macs=0.4), group="channel", rules=rules, **QUIET, rows=1024)
+    result = ua.compress(
+        model, x, budget=ua.Budget(macs=0.4), group="channel", form="columns", rules=rules, **QUIET, rows=1024
+    )
     assert 0.3 < 1 / result.report.macs_ratio <= 0.4
 
 
