@@ -160,9 +160,11 @@ class Loop:
         return self._step(inputs, carry, index, rate)
 
     def _step(self, inputs: Inputs, carry: Carry, index: Array, rate: Array | None) -> tuple[Carry, Array]:
-        key, own = jax.random.split(carry.key)
-        images = inputs.x[index]
-        x = self.prepare(augment_crop_flip(images, own) if self.augment else images)
+        key, images = carry.key, inputs.x[index]
+        if self.augment:
+            key, own = jax.random.split(key)
+            images = augment_crop_flip(images, own)
+        x = self.prepare(images)
         labels = None if inputs.labels is None else inputs.labels[index]
         gradient_of = jax.value_and_grad(for_gradients(self.loss), has_aux=True)
         (value, moving), gradient = gradient_of(carry.params, carry.moving, inputs, x, labels)

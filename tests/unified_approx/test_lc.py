@@ -27,7 +27,7 @@ from solvers.compressions import (
     powers_of_two,
 )
 from solvers.prox import CHANNELS
-from unified_approx import datasets, evaluate, zoo
+from unified_approx import evaluate, zoo
 from unified_approx.learning_compression import (
     LcStoppedError,
     MuSchedule,
@@ -50,13 +50,6 @@ from unified_approx.learning_compression.tasks import resolve
 from unified_approx.pieces import parameters_of, with_values
 
 MUS = exponential(1e-2, 1.5, 8)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    entry, data = zoo.entry("digits"), datasets.load("digits")
-    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
-    return zoo.load("digits"), x, np.asarray(data.y_train), test, data.y_test
 
 
 @pytest.fixture(scope="module")

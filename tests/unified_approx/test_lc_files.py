@@ -26,7 +26,7 @@ from solvers.compressions import (
     binary,
 )
 from solvers.prox import CHANNELS, ROWS
-from unified_approx import cli, datasets, evaluate, storage, zoo
+from unified_approx import cli, evaluate, storage
 from unified_approx.coding import decode
 from unified_approx.cost import network_cost
 from unified_approx.description import arrays_of, describe
@@ -38,13 +38,6 @@ from unified_approx.packing import container, symbols
 from unified_approx.packing.accounting import bits_by_stage
 from unified_approx.pieces import parameters_of
 from unified_approx.training import Recipe
-
-
-@pytest.fixture(scope="module")
-def digits():
-    entry, data = zoo.entry("digits"), datasets.load("digits")
-    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
-    return zoo.load("digits"), x, np.asarray(data.y_train), test, data.y_test
 
 
 def compressed(model, *tasks) -> LcResult:

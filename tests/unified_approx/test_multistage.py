@@ -15,7 +15,7 @@ from solvers.factor_sizes import FACTORED
 from solvers.factor_sizes import cost as size_of
 from solvers.layer import LayerOptions
 from solvers.rank_rules import Cheapest, Energy, Evbmf, MaxDrop, Rate
-from unified_approx import datasets, evaluate, multistage, zoo
+from unified_approx import evaluate, multistage
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
@@ -26,13 +26,6 @@ from unified_approx.narrow import as_dense
 FAST: dict[str, Any] = {"rows": 1024, "progress": lambda e: None}
 RECIPE = ua.Recipe(epochs=1, batch_size=64, augment=None, learning_rate=0.01)
 LOOSE = Evbmf(least=6)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    entry, data = zoo.entry("digits"), datasets.load("digits")
-    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
-    return zoo.load("digits"), x, np.asarray(data.y_train), test, data.y_test
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from networks import Fn, build, conv, linear
 
 from solvers.compressions import AdaptiveCodebook, Additive, LowRank, OptimalCodebook, PruneL0, ScaledBinary
 from solvers.output_loss import LOSSES
-from unified_approx import datasets, evaluate, zoo
+from unified_approx import evaluate, zoo
 from unified_approx.calling import forward
 from unified_approx.learning_compression import Task, TaylorLStep, fast_lc, lc, load_taylor, taylor_of
 from unified_approx.learning_compression.curvature import prepare
@@ -223,13 +223,6 @@ def test_kronecker_factors_of_a_convolution():
     full = np.kron(rows.T @ rows / 5, np.eye(2))
     change = np.random.default_rng(1).normal(size=(27, 2))
     assert float(part.value(part.w + change)) == pytest.approx(change.ravel() @ full @ change.ravel() / 2, rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    entry, data = zoo.entry("digits"), datasets.load("digits")
-    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
-    return zoo.load("digits"), x, np.asarray(data.y_train), test, data.y_test
 
 
 @pytest.fixture(scope="module")

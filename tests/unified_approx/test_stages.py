@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import unified_approx as ua
-from unified_approx import datasets, evaluate, zoo
+from unified_approx import evaluate
 from unified_approx.cost import network_cost
 from unified_approx.layers import Factored
 from unified_approx.macs import factored_layers
@@ -14,13 +14,6 @@ from unified_approx.stages import compress_again
 FAST = {"form": "columns", "allocation": "uniform", "rows": 1024, "progress": lambda e: None}
 RECIPE = ua.Recipe(epochs=1, batch_size=64, augment=None, learning_rate=0.01)
 BUDGETS = (ua.Budget(params=0.4), ua.Budget(params=0.1))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    entry, data = zoo.entry("digits"), datasets.load("digits")
-    x, test = (entry.preprocess(images) for images in (data.x_train, data.x_test))
-    return zoo.load("digits"), x, np.asarray(data.y_train), test, data.y_test
 
 
 @pytest.fixture(scope="module")

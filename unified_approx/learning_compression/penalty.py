@@ -28,5 +28,8 @@ class Penalty:
     def __call__(self, model: nnx.Module) -> Float[Array, ""]:
         """At a network's parameters; differentiable."""
         values = parameters_of(model)
-        gaps = (jnp.sum((p.pack(values) - t) ** 2) for p, t in zip(self.pieces, self.targets, strict=True))
+        # Parameter by parameter: targets are taken apart once, outside of the loop, where weights would be joined in
+        # every step.
+        wanted = (piece.unpack(target) for piece, target in zip(self.pieces, self.targets, strict=True))
+        gaps = (jnp.sum((values[path] - value) ** 2) for own in wanted for path, value in own.items())
         return self.mu / 2 * sum(gaps, start=jnp.zeros(()))
