@@ -82,7 +82,7 @@ def test_any_executor_and_budgets(digits, tmp_path):
 
 def test_budgets_of_seconds_and_measured_speed(digits, tmp_path, monkeypatch):
     model, x, test = digits
-    for module in (latency, timing, sweeping):
+    for module in (latency, timing):
         monkeypatch.setattr(module, "measure_latency", seconds_by_size)
     rules = [ua.Rule(path="conv[13]", keep=True), ua.Rule(path="fc", form="columns")]  # all forms on the middle one
     arguments = {"rows": 256, "batch_size": 50, "rules": rules}
