@@ -172,8 +172,8 @@ def fits(network: Network) -> Rows:
         for name, options in FITS.items():
             arguments: dict[str, Any] = {"rules": rules, "options": options, "progress": lambda event: None}
             result = ua.compress(network.model, network.chosen, **arguments)
-            errors = [r.error_after_held_out for r in result.report.layers if r.status == "compressed"]
-            more = {"decomposition": decomposition, "fit": name, "error": float(np.mean(errors))}
+            errors = {r.name: r.error_after_held_out for r in result.report.layers if r.status == "compressed"}
+            more = {"decomposition": decomposition, "fit": name, "errors": errors}
             rows.append(network.row(f"{decomposition}, {name}", result.model, **more))
     return rows
 
