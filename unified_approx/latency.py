@@ -70,7 +70,8 @@ def measure_latency(
             start = time.perf_counter()
             jax.block_until_ready(run(*inputs))
             seconds[name].append(time.perf_counter() - start)
-    _run_module.clear_cache()  # a process has room for 65,530 maps of memory, and networks have many layers and forms
+    # A process has room for 65,530 maps of memory, and networks have many layers and forms.
+    _run_module.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     return {name: median(times) for name, times in seconds.items()}
 
 

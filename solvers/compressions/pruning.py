@@ -187,18 +187,23 @@ class PruneL1(_Pruned):
         levels = (jnp.cumsum(size) - self.kappa) / counts.astype(size.dtype)
         last = jnp.max(jnp.where(size > levels, counts, 1)) - 1
         # A level below the exact one; the little that it lacks is then found with all the digits that it has.
-        near = _shrink(target, jnp.maximum(levels[last], 0) * (1 - _SLACK))
-        return _shrink(near, self._excess(jnp.abs(near).reshape(-1)))
+        near = jnp.maximum(jnp.abs(target) - jnp.maximum(levels[last], 0) * (1 - _SLACK), 0)
+        return jnp.sign(target) * self._projected(near.reshape(-1)).reshape(target.shape)
 
-    def _excess(self, size: Float[Array, " d"]) -> Float[Array, ""]:
-        """What all sizes must lose for their sum to be kappa, by Newton's method from 0, which never overshoots."""
+    def _projected(self, size: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Sizes that lose the same until their sum is kappa, by Newton's method from 0, which never overshoots.
 
-        def step(_: Array, level: Array) -> Array:
+        They come out of the loop as they are summed there: outside, a compiler may add what is lost here to the level
+        before, and round anew.
+        """
+
+        def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            level, _ = state
             above = jnp.maximum(size - level, 0)
             active = jnp.maximum(jnp.sum(above > 0), 1).astype(size.dtype)
-            return jnp.maximum(level + (_pairwise_sum(above) - self.kappa) / active, 0)
+            return jnp.maximum(level + (_pairwise_sum(above) - self.kappa) / active, 0), above
 
-        return lax.fori_loop(0, _NEWTON_STEPS, step, jnp.zeros((), size.dtype))
+        return lax.fori_loop(0, _NEWTON_STEPS + 1, step, (jnp.zeros((), size.dtype), size))[1]
 
 
 _SLACK = 1e-3  # relative: much more than the error of a cumulative sum in float32
