@@ -204,7 +204,7 @@ def one_network(settings: Settings) -> dict[str, Any]:
             work_dir=settings.work,
             progress=watch,
         )
-    jax.clear_caches()  # programs of 58 layers' solves and of their timings together are more than a process can map
+    jax.clear_caches()  # of the solves, before as many programs again are timed
     result = comparison.with_fastest_executions(result, x, rounds=settings.rounds)
     per_layer = comparison.layer_latencies(model, result.model, x, settings.rounds)
     times = comparison.latencies(model, result.model, x, settings.rounds)

@@ -49,8 +49,6 @@ RULES: dict[str, RankRule] = {
     "accuracy by trial": MaxDrop(points=0.5),
     "accuracy from the error": MaxDrop(points=0.5, by="error"),
 }
-
-
 DECOMPOSITIONS = ("tucker2", "cp3", "spatial", "low_rank")
 FITS = {
     "weights": LayerOptions(data_aware=False),

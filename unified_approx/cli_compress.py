@@ -40,8 +40,7 @@ def compress(
         ),
     ] = None,
     lambda_sparse: Annotated[
-        float | None,
-        typer.Option(help="In place of a budget: weight of the sparse part, a fraction of its max."),
+        float | None, typer.Option(help="In place of a budget: weight of the sparse part, a fraction of its max.")
     ] = None,
     lambda_rank: Annotated[
         float | None, typer.Option(help="In place of a budget: weight of the low-rank part, a fraction of its max.")
@@ -108,9 +107,13 @@ def compress(
         _show_result(screen, result, row)
         if json_file is not None:
             _write(command, json_file, row, start, seed, result)
-        if result.budget_met is False:
-            typer.echo(f"unified-approx: the budget {result.report.budget} was not met", err=True)
-            raise typer.Exit(BUDGET_NOT_MET)
+        _check_budget_met(result)
+
+
+def _check_budget_met(result: "Result") -> None:
+    if result.budget_met is False:
+        typer.echo(f"unified-approx: the budget {result.report.budget} was not met", err=True)
+        raise typer.Exit(BUDGET_NOT_MET)
 
 
 def _settings(

@@ -63,14 +63,20 @@ def augment_crop_flip(images: Shaped[Array, "batch h w c"], key: PRNGKeyArray) -
     size, height, width, _ = images.shape
     crop, flip = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    corner = jax.random.randint(crop, (size, 2), 0, 9)
-    cut = jax.vmap(
+    cut = crops(padded, jax.random.randint(crop, (size, 2), 0, 9), height, width)
+    mirrored = jax.random.bernoulli(flip, 0.5, (size, 1, 1, 1))
+    return jnp.where(mirrored, cut[:, :, ::-1], cut)
+
+
+def crops(
+    images: Shaped[Array, "batch rows columns c"], corners: Int[Array, "batch 2"], height: int, width: int
+) -> Shaped[Array, "batch height width c"]:
+    """From each image the part of that size whose first row and column are given."""
+    return jax.vmap(
         lambda image, at: jax.lax.dynamic_slice_in_dim(
             jax.lax.dynamic_slice_in_dim(image, at[0], height, 0), at[1], width, 1
         )
-    )(padded, corner)
-    mirrored = jax.random.bernoulli(flip, 0.5, (size, 1, 1, 1))
-    return jnp.where(mirrored, cut[:, :, ::-1], cut)
+    )(images, corners)
 
 
 def runs_in_loops(model: nnx.Module) -> bool:

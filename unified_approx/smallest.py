@@ -6,6 +6,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Int, Shaped
@@ -14,6 +15,7 @@ from unified_approx import calibration as examples
 from unified_approx.budget import Budget, UnreachableBudgetError
 from unified_approx.calling import Call, forward
 from unified_approx.evaluate import accuracy, predict
+from unified_approx.loop import crops
 
 _TRIALS = 7
 _RANGE = (0.01, 0.95)  # of `params`; seven halvings of its logarithm end within 4 % of the smallest
@@ -110,7 +112,7 @@ class Judge(NamedTuple):
         cls, model: nnx.Module, x: np.ndarray, labels: Int[np.ndarray, " held"] | None, call: Call, seed: int
     ) -> "Judge":
         """By labels, else by the original's answers, of which it has 100 %."""
-        views = shifted(x, seed)
+        views = views_of(x, seed)
         if labels is None:
             return cls(views, np.argmax(predict(model, views, call=call), axis=1), 100.0, call)
         answers = np.tile(labels, len(views) // len(x))
@@ -121,16 +123,12 @@ class Judge(NamedTuple):
         return self.reference - accuracy(network, self.x, self.answers, call=self.call)
 
 
-def shifted(x: Shaped[np.ndarray, "held ..."], seed: int) -> Shaped[np.ndarray, "views ..."]:
+def views_of(x: Shaped[np.ndarray, "held ..."], seed: int) -> Shaped[np.ndarray, "views ..."]:
     """A few copies of images (height, width, channels), shifted at random; other examples as they are."""
     if x.ndim != 4:
         return x
-    rng = np.random.default_rng(seed)
-    margins = [round(side * _SHIFT) for side in x.shape[1:3]]
-    padded = np.pad(x, ((0, 0), *((m, m) for m in margins), (0, 0)), mode="edge")
-    copies = np.empty((_VIEWS, *x.shape), x.dtype)
-    for copy in copies:
-        for index, corner in enumerate(zip(*(rng.integers(0, 2 * m + 1, len(x)) for m in margins), strict=True)):
-            rows, columns = (slice(at, at + side) for at, side in zip(corner, x.shape[1:3], strict=True))
-            copy[index] = padded[index, rows, columns]
-    return copies.reshape(-1, *x.shape[1:])
+    rng, (height, width) = np.random.default_rng(seed), x.shape[1:3]
+    margins = [round(side * _SHIFT) for side in (height, width)]
+    padded = jnp.asarray(np.pad(x, ((0, 0), *((m, m) for m in margins), (0, 0)), mode="edge"))
+    corners = [np.stack([rng.integers(0, 2 * m + 1, len(x)) for m in margins], axis=1) for _ in range(_VIEWS)]
+    return np.concatenate([np.asarray(crops(padded, jnp.asarray(own), height, width)) for own in corners])

@@ -218,10 +218,6 @@ def _pairwise_sum(values: Float[Array, " d"]) -> Float[Array, ""]:
     return jnp.sum(values)
 
 
-def _shrink(target: Values, level: Float[ArrayLike, ""]) -> Values:
-    return soft_threshold(target.reshape(1, -1), level).reshape(target.shape)
-
-
 @dataclass(frozen=True)
 class PenaltyL0(_Pruned):
     """alpha times the number of weights: those of more than sqrt(2 alpha / mu) stay.
@@ -264,7 +260,8 @@ class PenaltyL1(_Pruned):
         """See `Compression.compress`; nothing stays at mu = 0 and alpha > 0."""
         mu = jnp.asarray(mu, target.dtype)
         level = self.alpha / jnp.where(mu > 0, mu, 1)
-        return jnp.where((mu > 0) | (self.alpha == 0), _shrink(target, level), 0)
+        shrunk = soft_threshold(target.reshape(1, -1), level).reshape(target.shape)
+        return jnp.where((mu > 0) | (self.alpha == 0), shrunk, 0)
 
     def penalty(self, theta: Values) -> Float[Array, ""]:
         """Alpha times the sum of the absolute values."""

@@ -22,7 +22,7 @@ from unified_approx.allocation.menu import make_items
 from unified_approx.allocation.probe import Probe
 from unified_approx.allocation.sensitivity import Measured, with_losses
 from unified_approx.cost import network_cost
-from unified_approx.smallest import Judge, shifted
+from unified_approx.smallest import Judge, views_of
 
 QUIET = {"progress": lambda event: None}
 FAST = {**QUIET, "rows": 1024, "batch_size": 50, "form": "columns"}
@@ -122,8 +122,9 @@ def test_limits_that_cannot_be_met_together_say_by_how_much():
         choose([menu], {"params": 2.0, "macs": 2.0})
 
 
-def test_the_same_fraction_everywhere_uses_the_budget_up_when_whole_channels_go(digits):
-    arguments, limits = {**FAST, "group": "channel", "allocation": "uniform"}, {"params": 0.3, "macs": 0.6}
+@pytest.mark.parametrize("limits", [{"macs": 0.5}, {"params": 0.3, "macs": 0.6}])
+def test_the_same_fraction_everywhere_uses_the_budget_up_when_whole_channels_go(digits, limits):
+    arguments = {**FAST, "group": "channel", "allocation": "uniform"}
     result = ua.compress(digits[0], digits[1], budget=ua.Budget(**limits), **arguments)
     assert result.budget_met
     before = network_cost(digits[0], digits[1][:2])
@@ -194,10 +195,8 @@ def test_budgets_are_met_over_the_whole_network(digits, table, limits):
 def test_single_columns_in_some_layers_and_whole_channels_in_others(digits):
     model, x, *_ = digits
     rules = [ua.Rule(path="conv2", group="column")]
-    result = ua.compress(
-        model, x, budget=ua.Budget(macs=0.4), group="channel", form="columns", rules=rules, **QUIET, rows=1024
-    )
-    assert 0.25 < 1 / result.report.macs_ratio <= 0.4
+    result = ua.compress(model, x, budget=ua.Budget(macs=0.4), group="channel", rules=rules, **QUIET, rows=1024)
+    assert 0.3 < 1 / result.report.macs_ratio <= 0.4
 
 
 def test_allocation_beats_the_same_fraction_everywhere(digits, table):
@@ -249,14 +248,14 @@ def test_without_labels_the_original_is_what_counts(digits):
 
 def test_images_are_judged_in_shifted_copies():
     rng = np.random.default_rng(0)
-    images, vectors = rng.random((5, 16, 8, 2)), rng.random((5, 16))
-    copies = shifted(images, 0)
+    images, vectors = rng.random((5, 16, 8, 2), np.float32), rng.random((5, 16))
+    copies = views_of(images, 0)
     assert copies.shape == (20, 16, 8, 2)
     middle = (slice(4, -4), slice(2, -2))  # nothing is shifted by more than 2 rows and 1 column
     for copy, image in zip(copies, np.tile(images, (4, 1, 1, 1)), strict=True):
         patches = [image[i:, j:][:8, :4] for i in range(2, 7) for j in range(1, 4)]
         assert any(np.array_equal(copy[middle], patch) for patch in patches)
-    assert shifted(vectors, 0) is vectors
+    assert views_of(vectors, 0) is vectors
 
 
 def test_search_for_the_smallest_resumes_and_lets_other_errors_through(digits, tmp_path):
